@@ -10,9 +10,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sched.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 #include <linux/bpf.h>
+#include <linux/membarrier.h>
 #include <bpf/bpf.h>
 #include <bpf/btf.h>
 #include <bpf/libbpf.h>
@@ -413,4 +416,49 @@ static int cil_ring_read(struct cil_ring *ring, void *out, uint32_t size, uint32
 static uint64_t cil_ring_pending(struct cil_ring *ring)
 {
 	return __atomic_load_n(ring->producer, __ATOMIC_ACQUIRE) - __atomic_load_n(ring->consumer, __ATOMIC_RELAXED);
+}
+
+/* ---- namespaces, kernel ------------------------------------------------------------------------------------ */
+
+/* Moves this thread to the network namespace behind `fd`. */
+static int cil_setns_net(int fd)
+{
+	return setns(fd, CLONE_NEWNET) ? -errno : 0;
+}
+
+/* Moves this thread to a network namespace of its own. */
+static int cil_unshare_net(void)
+{
+	return unshare(CLONE_NEWNET) ? -errno : 0;
+}
+
+/* Returns when every program run that was under way has ended: the kernel waits for an RCU grace period. */
+static int cil_grace_period(void)
+{
+	return syscall(SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) ? -errno : 0;
+}
+
+/* Loads a tc program that does nothing; returns its descriptor. For probes. */
+static int cil_load_trivial(void)
+{
+	struct bpf_insn insns[] = {
+		{ .code = BPF_ALU64 | BPF_MOV | BPF_K, .dst_reg = BPF_REG_0, .imm = -1 },
+		{ .code = BPF_JMP | BPF_EXIT },
+	};
+
+	return bpf_prog_load(BPF_PROG_TYPE_SCHED_CLS, "ciliate_probe", "GPL", insns, 2, NULL);
+}
+
+/* Whether a tc program may call the helper. */
+static int cil_has_tc_helper(int helper)
+{
+	return libbpf_probe_bpf_helper(BPF_PROG_TYPE_SCHED_CLS, (enum bpf_func_id)helper, NULL);
+}
+
+/* A small LPM trie, which needs a flag that bpf_map_create() takes in an option struct. */
+static int cil_lpm_create(uint32_t key_size)
+{
+	LIBBPF_OPTS(bpf_map_create_opts, opts, .map_flags = BPF_F_NO_PREALLOC);
+
+	return bpf_map_create(BPF_MAP_TYPE_LPM_TRIE, "ciliate_probe", key_size, 4, 4, &opts);
 }

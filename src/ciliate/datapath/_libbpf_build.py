@@ -42,9 +42,7 @@ int bpf_obj_pin(int fd, const char *path);
 int bpf_link_detach(int link_fd);
 int bpf_map_get_fd_by_id(uint32_t id);
 int libbpf_num_possible_cpus(void);
-int libbpf_probe_bpf_prog_type(int prog_type, const void *opts);
 int libbpf_probe_bpf_map_type(int map_type, const void *opts);
-int libbpf_probe_bpf_helper(int prog_type, int helper_id, const void *opts);
 int bpf_map_create(int type, const char *name, uint32_t key_size, uint32_t value_size, uint32_t max_entries,
                    const void *opts);
 uint32_t libbpf_major_version(void);
@@ -101,13 +99,19 @@ int cil_ring_map(int fd, uint32_t size, struct cil_ring *ring);
 void cil_ring_unmap(struct cil_ring *ring);
 int cil_ring_read(struct cil_ring *ring, void *out, uint32_t size, uint32_t count, uint32_t *odd);
 uint64_t cil_ring_pending(struct cil_ring *ring);
+int cil_setns_net(int fd);
+int cil_unshare_net(void);
+int cil_grace_period(void);
+int cil_load_trivial(void);
+int cil_has_tc_helper(int helper);
+int cil_lpm_create(uint32_t key_size);
 """
 )
 ffi.set_source(
     "ciliate.datapath._libbpf",
     (_HERE / "_libbpf.h").read_text(encoding="utf-8"),
     libraries=["bpf"],
-    extra_compile_args=["-O2", "-Wall"],
+    extra_compile_args=["-O2", "-Wall", "-D_GNU_SOURCE"],
 )
 
 if __name__ == "__main__":
