@@ -1,0 +1,140 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* Conntrack: one row a connection, expiry at look-up. See docs/adr/0004-conntrack-and-epochs.md. */
+#pragma once
+#include "event.h"
+#include "packet.h"
+
+#define SECONDS 1000000000ULL
+#define CT_LIFE_HALF_OPEN (60 * SECONDS)
+#define CT_LIFE_TCP (8000 * SECONDS)
+#define CT_LIFE_CLOSING (10 * SECONDS)
+#define CT_LIFE_REPLIED (180 * SECONDS)
+
+/* Lexical order of the ends as two big-endian halves: any total order will do, as long as it is one. */
+static __always_inline bool first_is_lower(const union addr *x, __be16 xport, const union addr *y, __be16 yport)
+{
+	if (x->d[0] != y->d[0])
+		return x->d[0] < y->d[0];
+	if (x->d[1] != y->d[1])
+		return x->d[1] < y->d[1];
+	return xport <= yport;
+}
+
+/* Fills the key for a packet from (x, xport) to (y, yport); returns whether the source is end b. */
+static __always_inline bool ct_key_set(struct ct_key *key, const union addr *x, __be16 xport, const union addr *y,
+				       __be16 yport, __u8 protocol, __u8 leg)
+{
+	bool lower = first_is_lower(x, xport, y, yport);
+
+	key->a = lower ? *x : *y;
+	key->b = lower ? *y : *x;
+	key->aport = lower ? xport : yport;
+	key->bport = lower ? yport : xport;
+	key->protocol = protocol;
+	key->leg = leg;
+	key->pad = 0;
+	return !lower;
+}
+
+/* Whether the row still speaks for these ends: not expired, not a former owner's. */
+static __always_inline bool ct_valid(const struct scratch *s, const struct ct_entry *e)
+{
+	return e->expires > s->now && e->born >= s->ends[0].since && e->born >= s->ends[1].since;
+}
+
+/* The row of s->key, NULL if there is none that is valid. `embryonic` tells in which table it stands. */
+static __always_inline struct ct_entry *ct_find(struct scratch *s, bool *embryonic)
+{
+	struct ct_entry *e = bpf_map_lookup_elem(&ct, &s->key);
+
+	*embryonic = false;
+	if (!e) {
+		e = bpf_map_lookup_elem(&ct_new, &s->key);
+		*embryonic = true;
+	}
+	return e && ct_valid(s, e) ? e : NULL;
+}
+
+static __always_inline __u64 ct_life(__u8 protocol, __u32 flags)
+{
+	if (protocol == IPPROTO_TCP) {
+		if (flags & CT_RST || (flags & (CT_FIN_ORIG | CT_FIN_REPLY)) == (CT_FIN_ORIG | CT_FIN_REPLY))
+			return CT_LIFE_CLOSING;
+		return flags & CT_SEEN_REPLY ? CT_LIFE_TCP : CT_LIFE_HALF_OPEN;
+	}
+	return protocol == IPPROTO_UDP && flags & CT_SEEN_REPLY ? CT_LIFE_REPLIED : CT_LIFE_HALF_OPEN;
+}
+
+static __always_inline bool ct_closed(__u32 flags)
+{
+	return flags & CT_RST || (flags & (CT_FIN_ORIG | CT_FIN_REPLY)) == (CT_FIN_ORIG | CT_FIN_REPLY);
+}
+
+/* Accounts one packet of an existing row; `reply`: its direction. */
+static __always_inline void ct_touch(struct scratch *s, struct ct_entry *e, bool reply, bool embryonic)
+{
+	struct pkt *p = &s->p;
+	__u32 before = e->flags, flags = before;
+	__u32 index = reply ? 1 : 0;
+
+	__sync_fetch_and_add(&e->packets[index], 1);
+	__sync_fetch_and_add(&e->bytes[index], p->length);
+	if (p->quoted)
+		return;
+	if (reply)
+		flags |= CT_SEEN_REPLY;
+	if (p->protocol == IPPROTO_TCP && p->frag != FRAG_LATER) {
+		if (p->tcp_flags & TCP_FIN)
+			flags |= reply ? CT_FIN_REPLY : CT_FIN_ORIG;
+		if (p->tcp_flags & TCP_RST)
+			flags |= CT_RST;
+	}
+	if (flags != before)
+		e->flags = flags;
+	e->expires = s->now + ct_life(p->protocol, flags);
+	if (!ct_closed(before) && ct_closed(flags)) {
+		__builtin_memcpy(&s->fresh, e, sizeof(s->fresh));
+		s->rule[DIR_EGRESS] = e->rule[DIR_EGRESS];
+		s->rule[DIR_INGRESS] = e->rule[DIR_INGRESS];
+		s->l7 = e->l7;
+		event_send(s, EVENT_END, VERDICT_FORWARDED, 0);
+	}
+	if (embryonic && reply) {
+		/* Its first answer: move it where half-open floods cannot reach. */
+		__builtin_memcpy(&s->fresh, e, sizeof(s->fresh));
+		if (!bpf_map_update_elem(&ct, &s->key, &s->fresh, BPF_ANY))
+			bpf_map_delete_elem(&ct_new, &s->key);
+	}
+}
+
+/* Makes the row of s->key for a packet whose source is end b if `from_b`. */
+static __always_inline int ct_create(struct scratch *s, bool from_b, __u32 flags)
+{
+	struct ct_entry *e = &s->fresh;
+	struct pkt *p = &s->p;
+	long error;
+
+	__builtin_memset(e, 0, sizeof(*e));
+	if (from_b)
+		flags |= CT_ORIG_B;
+	if (s->in_tunnel)
+		flags |= CT_TUNNEL;
+	if (p->protocol == IPPROTO_TCP && p->tcp_flags & TCP_RST)
+		flags |= CT_RST;
+	e->flags = flags;
+	e->epoch = s->epoch;
+	e->born = s->epoch;
+	e->expires = s->now + ct_life(p->protocol, flags);
+	e->packets[0] = 1;
+	e->bytes[0] = p->length;
+	e->identity[0] = s->ends[0].identity;
+	e->identity[1] = s->ends[1].identity;
+	e->rule[DIR_EGRESS] = s->rule[DIR_EGRESS];
+	e->rule[DIR_INGRESS] = s->rule[DIR_INGRESS];
+	e->l7 = s->l7;
+	if (s->leg == LEG_PROXY)
+		error = bpf_map_update_elem(&ct, &s->key, e, BPF_ANY);
+	else
+		error = bpf_map_update_elem(&ct_new, &s->key, e, BPF_ANY);
+	return error ? -DROP_CT_CREATE_FAILED : 0;
+}

@@ -1,0 +1,186 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* Where a packet goes: resolving its ends, and the ways to send it on. */
+#pragma once
+#include <linux/if_packet.h>
+#include "event.h"
+#include "frag.h"
+#include "mtu.h"
+#include "nat.h"
+#include "policy.h"
+#include "proxy.h"
+#include "track.h"
+
+static __always_inline __u32 world_identity(const struct pkt *p)
+{
+	if (config_ipv4 && config_ipv6)
+		return p->family == 4 ? IDENTITY_WORLD_V4 : IDENTITY_WORLD_V6;
+	return IDENTITY_WORLD;
+}
+
+static __always_inline void end_of_endpoint(struct end *end, const struct endpoint *ep)
+{
+	end->identity = ep->identity;
+	end->id = ep->id;
+	end->policy[DIR_EGRESS] = ep->policy[DIR_EGRESS];
+	end->policy[DIR_INGRESS] = ep->policy[DIR_INGRESS];
+	end->options = ep->options;
+	end->known = 1;
+	end->since = ep->since;
+}
+
+static __always_inline void end_remote(struct end *end, __u32 identity, bool known)
+{
+	end->identity = identity;
+	end->id = 0;
+	end->options = 0;
+	end->known = known;
+	end->since = 0;
+}
+
+static __always_inline struct ipcache_entry *ipcache_find(const union addr *addr)
+{
+	struct ipcache_key key = { .prefixlen = 128, .addr = *addr };
+
+	return bpf_map_lookup_elem(&ipcache, &key);
+}
+
+/* Fills s->ends[i] for an address; for the destination (i = 1) also where to send. 0 or a negated drop reason. */
+static __noinline int resolve(struct scratch *s, int i)
+{
+	union addr addr;
+	struct local_addr *local;
+	struct ipcache_entry *entry;
+	struct end *end;
+
+	if (!s)
+		return -DROP_INTERNAL;
+	end = i ? &s->ends[1] : &s->ends[0];
+	addr = i ? s->p.daddr : s->p.saddr;
+	local = bpf_map_lookup_elem(&local_addrs, &addr);
+	if (local && local->flags & LOCAL_HOST) {
+		end_remote(end, IDENTITY_HOST, true);
+		if (i)
+			s->kind = DEST_HOST;
+		return 0;
+	}
+	if (local) {
+		struct endpoint *ep = bpf_map_lookup_elem(&endpoints, &local->ifindex);
+
+		if (!ep)
+			return -DROP_NO_ENDPOINT;
+		end_of_endpoint(end, ep);
+		if (i) {
+			s->kind = DEST_POD;
+			s->dest_ifindex = ep->ifindex;
+			__builtin_memcpy(s->macs, ep->mac, 6);
+			__builtin_memcpy(s->macs + 6, ep->gw_mac, 6);
+		}
+		return 0;
+	}
+	entry = ipcache_find(&addr);
+	if (!entry) {
+		end_remote(end, world_identity(&s->p), false);
+		if (i) {
+			s->kind = DEST_NATIVE;
+			s->dest_node = 0;
+		}
+		return 0;
+	}
+	end_remote(end, entry->identity, entry->flags & (IPCACHE_POD | IPCACHE_NODE));
+	if (i) {
+		s->tunnel = entry->tunnel;
+		s->dest_node = !!(entry->flags & IPCACHE_NODE);
+		s->kind = DEST_NATIVE;
+		if (entry->flags & IPCACHE_POD && config_tunnel) {
+			if (addr_zero(&s->tunnel))
+				return -DROP_NO_TUNNEL_ENDPOINT;
+			s->kind = DEST_TUNNEL;
+		} else if (entry->flags & IPCACHE_POD) {
+			s->dest_node = 2; /* native routing: a pod keeps its address */
+		}
+	}
+	return 0;
+}
+
+/* Starts a run: reads the epoch before anything that depends on it. */
+static __always_inline struct scratch *start(struct __sk_buff *skb, __u8 observation)
+{
+	struct scratch *s = scratch_get();
+	__u32 zero = 0;
+	__u64 *now;
+
+	if (!s)
+		return NULL;
+	now = bpf_map_lookup_elem(&epoch, &zero);
+	s->epoch = now ? *(volatile __u64 *)now : 0;
+	s->now = bpf_ktime_get_boot_ns();
+	s->ifindex = skb->ifindex;
+	s->observation = observation;
+	s->direction = observation == OBS_FROM_POD ? DIR_EGRESS : DIR_INGRESS;
+	s->ct_state = CT_STATE_NEW;
+	s->in_tunnel = 0;
+	s->l7 = 0;
+	s->rule[DIR_EGRESS] = s->rule[DIR_INGRESS] = 0;
+	s->p.length = skb->len;
+	s->p.protocol = 0;
+	s->p.family = 0;
+	return s;
+}
+
+/* The only way into a pod. From an ingress hook the packet jumps into the pod's namespace in this pass. */
+static __always_inline int deliver_local(struct __sk_buff *skb, struct scratch *s)
+{
+	if (bpf_skb_store_bytes(skb, 0, s->macs, sizeof(s->macs), 0))
+		return drop(s, -DROP_WRITE_ERROR);
+	count(0, DIR_INGRESS, s->p.length);
+	skb->mark = 0;
+	if (s->observation == OBS_FROM_HOST)
+		return bpf_redirect(s->dest_ifindex, 0);
+	return bpf_redirect_peer(s->dest_ifindex, 0);
+}
+
+/* Over the overlay; the source's identity travels as the VNI. */
+static __always_inline int encapsulate(struct __sk_buff *skb, struct scratch *s)
+{
+	struct bpf_tunnel_key key = {};
+	__u64 flags = 0;
+
+	key.tunnel_id = s->ends[0].identity == IDENTITY_HOST ? IDENTITY_REMOTE_NODE : s->ends[0].identity;
+	key.tunnel_ttl = 64;
+	if (addr_is_v4(&s->tunnel)) {
+		key.remote_ipv4 = bpf_ntohl(s->tunnel.w[3]);
+		flags = BPF_F_ZERO_CSUM_TX;
+	} else {
+		__builtin_memcpy(key.remote_ipv6, &s->tunnel, 16);
+		flags = BPF_F_TUNINFO_IPV6;
+	}
+	if (bpf_skb_set_tunnel_key(skb, &key, sizeof(key), flags))
+		return drop(s, -DROP_TUNNEL_KEY);
+	count(0, DIR_EGRESS, s->p.length);
+	skb->mark = 0;
+	return bpf_redirect(config_tunnel_ifindex, 0);
+}
+
+/* Out of the underlay device; the neighbour is the stack's business. */
+static __always_inline int send_native(struct __sk_buff *skb, struct scratch *s)
+{
+	if (config_masquerade && s->dest_node != 2) {
+		int error = nat_out(skb, s);
+
+		if (error)
+			return drop(s, error);
+	}
+	count(0, DIR_EGRESS, s->p.length);
+	skb->mark = 0;
+	return bpf_redirect_neigh(config_native_ifindex, NULL, 0, 0);
+}
+
+/* A reply to a node that came by the overlay goes back that way; so do packets to pods elsewhere. */
+static __always_inline void route_replies(struct scratch *s)
+{
+	if (s->kind == DEST_NATIVE && s->dest_node == 1 && s->flags & CT_TUNNEL && s->ct_state != CT_STATE_NEW) {
+		if (addr_zero(&s->tunnel))
+			s->tunnel = s->p.daddr;
+		s->kind = DEST_TUNNEL;
+	}
+}

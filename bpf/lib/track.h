@@ -1,0 +1,215 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* From a parsed packet with both ends resolved to what is to be done with it: conntrack, policy, revocation. */
+#pragma once
+#include "conntrack.h"
+#include "policy.h"
+
+enum track_mode {
+	TRACK_POLICY = 0,     /* a new connection asks the policies */
+	TRACK_FROM_PROXY = 1, /* the proxy's leg to the server: the redirect has asked */
+	TRACK_REPLY = 2,      /* only packets of a known connection may pass */
+};
+
+enum track_result {
+	TRACK_FORWARD = 0,
+	TRACK_TO_LISTENER = 1, /* to the proxy, rule set s->l7 */
+	TRACK_TO_SOCKET = 2,   /* to the proxy's socket that has this connection */
+};
+
+/* Asks both ends' policies about the connection this packet belongs to; 0 or a negated drop reason. */
+static __always_inline int decide(struct scratch *s, bool reply)
+{
+	struct pkt *p = &s->p;
+	struct end *from = reply ? &s->ends[1] : &s->ends[0], *to = reply ? &s->ends[0] : &s->ends[1];
+	__be16 port = reply ? p->sport : p->dport;
+	struct decision d = {};
+	__u32 l7 = 0;
+
+	if (is_icmp(p)) {
+		__u8 type = p->icmp_type;
+
+		if (reply && icmp_is_echo(p->family, type))
+			type = p->family == 4 ? ICMP_ECHO : ICMPV6_ECHO_REQUEST;
+		port = bpf_htons(type);
+	}
+	s->rule[DIR_EGRESS] = s->rule[DIR_INGRESS] = 0;
+	s->l7 = 0;
+	s->audit = 0;
+	if (from->id) {
+		policy_decide(from->policy[DIR_EGRESS], to->identity, p->protocol, port, &d);
+		s->rule[DIR_EGRESS] = d.rule;
+		s->direction = DIR_EGRESS;
+		if (d.error && !(from->options & EP_OPT_AUDIT))
+			return d.error;
+		s->audit |= !!d.error;
+		l7 = d.error ? 0 : d.l7;
+	}
+	if (to->id) {
+		policy_decide(to->policy[DIR_INGRESS], from->identity, p->protocol, port, &d);
+		s->rule[DIR_INGRESS] = d.rule;
+		s->direction = DIR_INGRESS;
+		if (d.error && !(to->options & EP_OPT_AUDIT))
+			return d.error;
+		s->audit |= !!d.error;
+		if (!d.error && d.l7) {
+			if (l7 && l7 != d.l7) /* one pass through the proxy cannot enforce two rule sets: fail closed */
+				return -DROP_PROXY_NOT_FOUND;
+			l7 = d.l7;
+		}
+	}
+	if (l7 && s->observation == OBS_FROM_HOST) /* sockets cannot be assigned on the way out */
+		return -DROP_PROXY_NOT_FOUND;
+	s->l7 = l7;
+	return 0;
+}
+
+static __always_inline void report(struct scratch *s)
+{
+	__u8 verdict = s->audit ? VERDICT_AUDIT : s->l7 ? VERDICT_REDIRECTED : VERDICT_FORWARDED;
+
+	event_send(s, EVENT_VERDICT, verdict, 0);
+}
+
+/* A newer epoch: decides again in the connection's original direction, with the identities and policies of now. */
+static __always_inline void decide_again(struct scratch *s, struct ct_entry *e, bool reply)
+{
+	struct end *from = reply ? &s->ends[1] : &s->ends[0], *to = reply ? &s->ends[0] : &s->ends[1];
+	__u32 flags = e->flags;
+	int error;
+
+	/* An identity that came in a tunnel header and is not in the ipcache yet is better than "world". */
+	if (!from->known && e->identity[0] >= IDENTITY_ALLOCATED_MIN)
+		from->identity = e->identity[0];
+	if (!to->known && e->identity[1] >= IDENTITY_ALLOCATED_MIN)
+		to->identity = e->identity[1];
+	error = decide(s, reply);
+	/* A proxied connection that is now plainly allowed stays with the proxy; one that must change its proxy ends. */
+	if (!error && s->l7 != e->l7 && (s->l7 || !(flags & CT_PROXIED)))
+		error = -DROP_PROXY_NOT_FOUND;
+	if (error)
+		flags |= CT_DENIED;
+	else
+		flags &= ~CT_DENIED;
+	if (flags != e->flags && !error)
+		report(s);
+	e->flags = flags;
+	e->identity[0] = from->identity;
+	e->identity[1] = to->identity;
+	e->rule[DIR_EGRESS] = s->rule[DIR_EGRESS];
+	e->rule[DIR_INGRESS] = s->rule[DIR_INGRESS];
+	e->epoch = s->epoch;
+}
+
+/* ICMP errors follow the connection of the packet they quote; they never make or refresh a row. */
+static __always_inline int track_related(struct scratch *s)
+{
+	struct pkt *p = &s->p;
+	struct ct_entry *e;
+	bool embryonic, from_b;
+
+	s->ct_state = CT_STATE_RELATED;
+	if (!addr_equal(&p->q_saddr, &p->daddr))
+		return -DROP_ICMP_UNRELATED;
+	from_b = ct_key_set(&s->key, &p->q_saddr, p->q_sport, &p->q_daddr, p->q_dport, p->q_protocol, LEG_DIRECT);
+	e = ct_find(s, &embryonic);
+	if (!e) {
+		s->key.leg = LEG_PROXY;
+		e = ct_find(s, &embryonic);
+		if (!e)
+			return -DROP_ICMP_UNRELATED;
+		s->flags = e->flags;
+		return TRACK_TO_SOCKET;
+	}
+	if (e->flags & CT_DENIED)
+		return -DROP_ICMP_UNRELATED;
+	s->flags = e->flags;
+	ct_touch(s, e, from_b == !!(e->flags & CT_ORIG_B), false);
+	return e->flags & CT_PROXIED && s->observation != OBS_FROM_HOST ? TRACK_TO_SOCKET : TRACK_FORWARD;
+}
+
+/* A server's answer to the proxy: the row is the proxy's leg, and the packet goes against it. */
+static __always_inline bool answers_proxy(struct scratch *s, bool from_b)
+{
+	struct ct_entry *e;
+	bool found = false;
+
+	s->key.leg = LEG_PROXY;
+	e = bpf_map_lookup_elem(&ct, &s->key);
+	if (e && ct_valid(s, e) && from_b != !!(e->flags & CT_ORIG_B)) {
+		s->leg = LEG_PROXY;
+		s->ct_state = CT_STATE_REPLY;
+		s->flags = e->flags;
+		ct_touch(s, e, true, false);
+		found = true;
+	} else {
+		s->key.leg = LEG_DIRECT;
+	}
+	return found;
+}
+
+static __always_inline int track_known(struct scratch *s, struct ct_entry *e, bool reply, bool embryonic)
+{
+	s->ct_state = reply ? CT_STATE_REPLY : CT_STATE_ESTABLISHED;
+	if (s->leg == LEG_DIRECT && e->epoch != s->epoch)
+		decide_again(s, e, reply);
+	s->flags = e->flags;
+	if (e->flags & CT_DENIED) {
+		s->rule[DIR_EGRESS] = e->rule[DIR_EGRESS];
+		s->rule[DIR_INGRESS] = e->rule[DIR_INGRESS];
+		return -DROP_POLICY_DENIED;
+	}
+	ct_touch(s, e, reply, embryonic);
+	if (e->flags & CT_PROXIED && !reply) {
+		s->l7 = e->l7;
+		return TRACK_TO_LISTENER;
+	}
+	return TRACK_FORWARD;
+}
+
+/* Returns enum track_result or a negated drop reason. s->epoch was read before the ends were resolved. */
+static __noinline int track(struct scratch *s, int mode)
+{
+	struct pkt *p;
+	struct ct_entry *e;
+	bool embryonic, from_b, reply = false;
+	int error;
+
+	if (!s)
+		return -DROP_INTERNAL;
+	p = &s->p;
+	s->leg = mode == TRACK_FROM_PROXY ? LEG_PROXY : LEG_DIRECT;
+	if (p->quoted)
+		return track_related(s);
+	from_b = ct_key_set(&s->key, &p->saddr, p->sport, &p->daddr, p->dport, p->protocol, s->leg);
+	e = ct_find(s, &embryonic);
+	if (e)
+		reply = from_b != !!(e->flags & CT_ORIG_B);
+	if (mode == TRACK_POLICY && (!e || (e->flags & CT_PROXIED && reply))) {
+		if (answers_proxy(s, from_b))
+			return TRACK_TO_SOCKET;
+		if (e) /* a server that speaks into a connection the proxy serves */
+			return -DROP_PROXY_NOT_FOUND;
+	}
+	if (mode == TRACK_REPLY && !(e && reply))
+		return -DROP_INVALID_SIP;
+	if (e && p->protocol == IPPROTO_TCP && (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN && ct_closed(e->flags)) {
+		bpf_map_delete_elem(&ct, &s->key); /* the same ports again */
+		e = NULL;
+	}
+	if (e)
+		return track_known(s, e, reply, embryonic);
+	s->ct_state = CT_STATE_NEW;
+	s->flags = 0;
+	if (mode == TRACK_FROM_PROXY)
+		return ct_create(s, from_b, CT_SEEN_REPLY);
+	error = decide(s, false);
+	if (error)
+		return error;
+	if (s->l7)
+		s->flags |= CT_PROXIED;
+	error = ct_create(s, from_b, s->flags);
+	if (error)
+		return error;
+	report(s);
+	return s->l7 ? TRACK_TO_LISTENER : TRACK_FORWARD;
+}
