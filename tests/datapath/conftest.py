@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ciliate.datapath.build import compile_file
+from ciliate.datapath.btf import Btf
+from ciliate.datapath.build import compile_file, source_root
 
 TESTDATA = Path(__file__).parent / "testdata"
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: BPF and network namespaces")
@@ -29,3 +30,17 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("objects") / "small.bpf.o"
     compile_file(TESTDATA / "small.bpf.c", output)
     return output
+
+
+@pytest.fixture(scope="session")
+def layouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The product's maps and configuration, without its programs."""
+    output = tmp_path_factory.mktemp("objects") / "layouts.bpf.o"
+    compile_file(TESTDATA / "layouts.bpf.c", output, include=source_root())
+    return output
+
+
+@pytest.fixture(scope="session")
+def btf(layouts: Path) -> Btf:
+    """Layouts of the product's maps."""
+    return Btf.from_elf(layouts)

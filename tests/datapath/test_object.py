@@ -144,6 +144,7 @@ def test_many_rows_in_and_out(small: Path) -> None:
             assert len(got_keys) == count
             wide = got_values["wide"] if name == "hash" else got_values
             assert sorted(wide.tolist()) == list(range(count))
+            assert (got_keys.dtype, got_values.dtype) == (target.key_dtype, target.value_dtype)  # byte order too
             some, found = target.lookup_many(keys[:10])
             assert found.all()
             assert len(some) == 10

@@ -234,6 +234,10 @@ class Btf:
         sign = 1 << 31 if this.flag else 0
         return {self._string(text): (value ^ sign) - sign for text, value, _ in self._members(this)}
 
+    def has_enum(self, name: str) -> bool:
+        """Return whether the object's BTF has ``enum name``."""
+        return (Kind.ENUM, name) in self._by_name
+
     def int_enum(self, name: str, prefix: str = "") -> type[IntEnum]:
         """Return ``enum name`` as an IntEnum; ``prefix`` is taken off the names."""
         members = {constant.removeprefix(prefix): value for constant, value in self.enum(name).items()}

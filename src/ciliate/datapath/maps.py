@@ -6,13 +6,13 @@ field order, or a mapping of field names (absent ones are zero). Arrays move man
 
 import errno
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -133,6 +133,18 @@ def raw_rows(array: Array) -> list[bytes]:
     return [whole[at : at + width] for at in range(0, len(whole), width)]
 
 
+def joined(dtype: DType, parts: Sequence[Array]) -> Array:
+    """Return the parts in one array of exactly ``dtype`` (numpy's own concatenation turns big-endian fields into
+    native ones).
+    """
+    whole = np.zeros(sum(len(part) for part in parts), dtype)
+    at = 0
+    for part in parts:
+        whole[at : at + len(part)] = part
+        at += len(part)
+    return whole
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MapInfo:
     """What the kernel says of a map."""
@@ -177,6 +189,47 @@ def kernel_btf(btf_id: int) -> Btf:
         if length <= size:
             return Btf(bytes(buffer[:length]))
         size = length
+
+
+class Table(Protocol):
+    """What reconcilers need of a map (tests put their own behind it)."""
+
+    @property
+    def name(self) -> str:
+        """The map's name."""
+
+    @property
+    def key_dtype(self) -> DType:
+        """Layout of a key."""
+
+    @property
+    def value_dtype(self) -> DType:
+        """Layout of a value."""
+
+    @property
+    def max_entries(self) -> int:
+        """Rows that fit."""
+
+    def get(self, key: Cell) -> Any | None:
+        """One row's value."""
+
+    def set(self, key: Cell, value: Cell) -> None:
+        """Write one row."""
+
+    def delete(self, key: Cell) -> bool:
+        """Delete one row."""
+
+    def update(self, keys: Array, values: Array) -> None:
+        """Write rows in order."""
+
+    def delete_many(self, keys: Array) -> int:
+        """Delete rows in order."""
+
+    def lookup_many(self, keys: Array) -> tuple[Array, npt.NDArray[np.bool_]]:
+        """Values and whether each was there."""
+
+    def dump(self) -> tuple[Array, Array]:
+        """All rows."""
 
 
 class Map:
@@ -346,9 +399,8 @@ class Map:
     def dump(self) -> tuple[Array, Array]:
         """Return all (keys, values). A map that changes meanwhile gives each unchanged row at least once."""
         chunks = list(self._chunks())
-        keys = np.concatenate([k for k, _ in chunks]) if chunks else np.zeros(0, self.key_dtype)
-        values = np.concatenate([v for _, v in chunks]) if chunks else np.zeros(0, self._storage)
-        return keys, self._values_out(values)
+        keys = joined(self.key_dtype, [k for k, _ in chunks])
+        return keys, self._values_out(joined(self._storage, [v for _, v in chunks]))
 
     def _chunks(self) -> Iterator[tuple[Array, Array]]:
         cursor = ffi.new(f"char[{_CURSOR_SIZE}]")
