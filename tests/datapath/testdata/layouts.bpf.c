@@ -4,6 +4,7 @@
 #include "lib/maps.h"
 #include "lib/config.h"
 #include "lib/drop.h"
+#include "lib/export.h"
 
 SEC("tc")
 int nothing(struct __sk_buff *skb __attribute__((unused)))
