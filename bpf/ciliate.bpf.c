@@ -6,5 +6,6 @@
 #include "hooks/host.h"
 #include "hooks/overlay.h"
 #include "hooks/netdev.h"
+#include "lib/export.h"
 
 char _license[] SEC("license") = "Dual BSD/GPL";
