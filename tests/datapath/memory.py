@@ -1,6 +1,6 @@
 """Maps in memory that tell an observer of every single write: each state in between can be looked at."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -66,6 +66,9 @@ class MemoryTable:
     def dump(self) -> tuple[Array, Array]:
         keys = np.frombuffer(b"".join(self.content), self.key_dtype)
         return keys, np.frombuffer(b"".join(self.content.values()), self.value_dtype)
+
+    def chunks(self) -> Iterator[tuple[Array, Array]]:
+        yield self.dump()
 
 
 class Kernel:

@@ -50,8 +50,8 @@ class Conntrack:
         now = boot_clock()
         origin_b = self._flags.get("CT_ORIG_B", 1)
         for table in self._connections:
-            keys, values = table.dump()
-            for key, value in islice(zip(keys, values, strict=True), limit):
+            rows = (pair for keys, values in table.chunks() for pair in zip(keys, values, strict=True))
+            for key, value in islice(rows, limit):
                 ends = [(addr_text(key[a].tobytes()), int(key[p])) for a, p in (("a", "aport"), ("b", "bport"))]
                 if int(value["flags"]) & origin_b:
                     ends.reverse()
@@ -98,12 +98,12 @@ class Conntrack:
             return 0
         deleted = 0
         for table in self._connections:
-            keys, _ = table.dump()
-            deleted += table.delete_many(keys[_names(keys["a"], raws) | _names(keys["b"], raws)])
-        keys, values = self._nat.dump()
-        deleted += self._nat.delete_many(keys[_names(keys["inner"], raws) | _names(values["addr"], raws)])
-        keys, _ = self._fragments.dump()
-        deleted += self._fragments.delete_many(keys[_names(keys["saddr"], raws) | _names(keys["daddr"], raws)])
+            for keys, _ in table.chunks():
+                deleted += table.delete_many(keys[_names(keys["a"], raws) | _names(keys["b"], raws)])
+        for keys, values in self._nat.chunks():
+            deleted += self._nat.delete_many(keys[_names(keys["inner"], raws) | _names(values["addr"], raws)])
+        for keys, _ in self._fragments.chunks():
+            deleted += self._fragments.delete_many(keys[_names(keys["saddr"], raws) | _names(keys["daddr"], raws)])
         return deleted
 
     def sweep(self, *, now: int | None = None) -> int:
@@ -111,16 +111,18 @@ class Conntrack:
         at = boot_clock() if now is None else now
         deleted = 0
         for table in (*self._connections, self._nat, self._fragments):
-            keys, values = table.dump()
-            expired = keys[values["expires"] < at]
-            # Looked at once more, so that a row used again since the dump stays.
-            values, found = table.lookup_many(expired)
-            deleted += table.delete_many(expired[found & (values["expires"] < at)])
+            for keys, values in table.chunks():
+                expired = keys[values["expires"] < at]
+                # Looked at once more, so that a row used again meanwhile stays.
+                latest, found = table.lookup_many(expired)
+                deleted += table.delete_many(expired[found & (latest["expires"] < at)])
         return deleted
 
     def counts(self) -> dict[str, int]:
         """Return how many rows each table has."""
-        return {t.name: len(t.dump()[0]) for t in (*self._connections, self._nat, self._fragments)}
+        return {
+            t.name: sum(len(keys) for keys, _ in t.chunks()) for t in (*self._connections, self._nat, self._fragments)
+        }
 
 
 def _names(column: Array, raws: Collection[bytes]) -> Mask:

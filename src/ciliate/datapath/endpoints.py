@@ -1,10 +1,11 @@
 """Rows of local endpoints and of this node's addresses (maps ``endpoints``, ``local_addrs``), and the epoch."""
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import wraps
 from ipaddress import IPv4Address, IPv6Address
-from typing import Any, Final, NewType
+from typing import Any, Concatenate, Final, NewType, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -12,6 +13,8 @@ from ciliate.datapath.btf import Btf
 from ciliate.datapath.maps import Array, Table, addr_bytes, addr_text
 
 EndpointId = NewType("EndpointId", int)
+P = ParamSpec("P")
+T = TypeVar("T")
 
 NO_POLICY: Final = 0
 """Policy id: no policy selects the endpoint in this direction."""
@@ -59,6 +62,17 @@ class Epoch:
             return value
 
 
+def _locked(method: Callable[Concatenate["Endpoints", P], T]) -> Callable[Concatenate["Endpoints", P], T]:
+    """Run a method of Endpoints under its lock."""
+
+    @wraps(method)
+    def run(self: "Endpoints", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return run
+
+
 class Endpoints:
     """Owner of the endpoint rows. Policy ids are set by the policy reconciler, all else by ``upsert``."""
 
@@ -70,6 +84,7 @@ class Endpoints:
         self._local_host = btf_constant(btf, "local_addr_flag", "LOCAL_HOST", 1)
         self._rows: dict[EndpointId, Array] = {}
         self._policies: dict[EndpointId, tuple[int, int]] = {}
+        self._lock = threading.RLock()  # pods come and go in worker threads
         self._restore()
 
     def _restore(self) -> None:
@@ -90,6 +105,7 @@ class Endpoints:
         """Return (egress, ingress) policy ids of each endpoint."""
         return dict(self._policies)
 
+    @_locked
     def upsert(self, row: EndpointRow) -> bool:
         """Write an endpoint's rows; return whether anything changed. A new one has ``PENDING_POLICY`` until its
         policy is set.
@@ -141,6 +157,7 @@ class Endpoints:
             if value is not None and int(value["ifindex"]) == ifindex:
                 self._addresses.delete(raw)
 
+    @_locked
     def remove(self, endpoint: EndpointId) -> tuple[str, ...]:
         """Delete an endpoint's rows; return the addresses it had (their conntrack rows are the caller's to purge)."""
         old = self._rows.pop(endpoint, None)
@@ -155,6 +172,7 @@ class Endpoints:
         self._epoch.bump()
         return tuple(addr_text(raw) for raw in raws)
 
+    @_locked
     def sync(self, desired: Iterable[EndpointRow], *, prune: bool) -> tuple[str, ...]:
         """Make the rows those of ``desired``; return addresses freed. Others are removed only with ``prune``."""
         wanted = {row.id: row for row in desired}
@@ -165,6 +183,7 @@ class Endpoints:
             self.upsert(row)
         return tuple(freed)
 
+    @_locked
     def set_policy(self, endpoint: EndpointId, egress: int, ingress: int) -> bool:
         """Repoint an endpoint: one atomic write, both directions. Does not bump the epoch. Kept for an endpoint yet
         to come.
@@ -179,11 +198,13 @@ class Endpoints:
         self._rows[endpoint] = new
         return True
 
+    @_locked
     def forget_policy(self, endpoint: EndpointId) -> None:
         """Drop the policy ids kept for an endpoint that has no row."""
         if endpoint not in self._rows:
             self._policies.pop(endpoint, None)
 
+    @_locked
     def set_node_addresses(self, addresses: Iterable[IPv4Address | IPv6Address]) -> bool:
         """Make ``addresses`` the node's own (``LOCAL_HOST``); return whether anything changed."""
         wanted = {addr_bytes(a) for a in addresses}

@@ -231,6 +231,9 @@ class Table(Protocol):
     def dump(self) -> tuple[Array, Array]:
         """All rows."""
 
+    def chunks(self) -> Iterator[tuple[Array, Array]]:
+        """All rows, some thousand at a time."""
+
 
 class Map:
     """One map. Owns its file descriptor; ``close`` or a ``with`` block gives it back (the map lives on while
@@ -401,6 +404,13 @@ class Map:
         chunks = list(self._chunks())
         keys = joined(self.key_dtype, [k for k, _ in chunks])
         return keys, self._values_out(joined(self._storage, [v for _, v in chunks]))
+
+    def chunks(self) -> Iterator[tuple[Array, Array]]:
+        """Yield (keys, values) some thousand rows at a time; rows of a chunk may be deleted before the next is asked
+        for.
+        """
+        for keys, values in self._chunks():
+            yield keys, self._values_out(values)
 
     def _chunks(self) -> Iterator[tuple[Array, Array]]:
         cursor = ffi.new(f"char[{_CURSOR_SIZE}]")

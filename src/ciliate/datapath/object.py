@@ -251,7 +251,7 @@ class BpfObject:
         lib.cil_log_start()
         if (code := lib.bpf_object__load(self._handle)) < 0:
             log = _log()
-            self._restore_pins()
+            self.restore_replaced()
             if "PROG LOAD LOG" in log:
                 raise VerifierError(f"{self.path.name}: the verifier refused it", log)
             hint = (
@@ -293,8 +293,8 @@ class BpfObject:
             (self.pin_root / name).rename(aside)
             self.replaced[name] = Map.open_pinned(aside)
 
-    def _restore_pins(self) -> None:
-        """A failed load must leave the pins as they were."""
+    def restore_replaced(self) -> None:
+        """Put the pins back as they were before a load that failed, or whose rows do not fit."""
         for name, old in self.replaced.items():
             assert self.pin_root is not None
             (self.pin_root / name).unlink(missing_ok=True)
