@@ -70,8 +70,9 @@ struct {
 
 struct ipcache_key {
 	__u32 prefixlen; /* 0..128, IPv4 /n is 96 + n */
-	union addr addr;
-};
+	union addr addr; /* right behind: the trie compares from there, padding too */
+} __attribute__((packed, aligned(4)));
+_Static_assert(sizeof(struct ipcache_key) == 20, "struct ipcache_key has no padding");
 
 enum ipcache_flag {
 	IPCACHE_NODE = 1 << 0, /* an address of a cluster node: a source the overlay trusts */
