@@ -294,6 +294,22 @@ def test_ipcache_rows_read_back(plain: Node) -> None:
     assert plain.path.ipcache.delete(["192.0.2.2", "1.2.3.4"]) == 1
 
 
+def test_neighbouring_addresses_have_rows_of_their_own(plain: Node) -> None:
+    rows: dict[Prefix, IpcacheRow] = {
+        f"{net}{n}": IpcacheRow(identity=300 + n) for net in ("10.9.0.", "fd00:9::") for n in range(1, 9)
+    }
+    plain.path.ipcache.upsert(rows)
+    got = {r["prefix"].split("/")[0]: r["identity"] for r in plain.path.ipcache.list()}
+    assert got == {prefix: row.identity for prefix, row in rows.items()}
+
+
+def test_row_under_an_equal_prefix_is_written(plain: Node) -> None:
+    plain.path.ipcache.upsert({"10.0.0.0/8": IpcacheRow(identity=300)})
+    assert plain.path.ipcache.upsert({"10.0.0.1": IpcacheRow(identity=300)}) == 0
+    plain.path.ipcache.delete(["10.0.0.0/8"])
+    assert [r["prefix"] for r in plain.path.ipcache.list()] == ["10.0.0.1/32"]
+
+
 def test_policy_in_the_kernels_own_maps(plain: Node) -> None:
     """The model reads the kernel's maps as the programs do; a second agent finds nothing to do."""
     plain.add_pod(2)

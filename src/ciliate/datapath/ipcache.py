@@ -59,23 +59,21 @@ class Ipcache:
         return values
 
     def upsert(self, rows: Mapping[Prefix, IpcacheRow]) -> int:
-        """Write rows that differ from what is there; return how many. Bumps the epoch if any. Errors: MapFullError,
-        ValueError.
+        """Write rows; return for how many prefixes the answer changed. Bumps the epoch if any did. Errors:
+        MapFullError, ValueError.
+
+        A trie answers with the longest prefix, so a row that is equal to the one that covers it cannot be told from
+        one that is there already: such rows are written, and change no answer.
         """
-        changed = self._write(self._keys(rows.keys()), self._values(rows.values())) if rows else 0
+        if not rows:
+            return 0
+        keys, values = self._keys(rows.keys()), self._values(rows.values())
+        have, found = self._table.lookup_many(keys)
+        changed = int((_differ(values, have) | ~found).sum())
+        self._table.update(keys, values)
         if changed:
             self._epoch.bump()
         return changed
-
-    def _write(self, keys: Array, values: Array) -> int:
-        have, found = self._table.lookup_many(keys)
-        width = values.dtype.itemsize
-        differs = (values.view("u1").reshape(-1, width) != have.copy().view("u1").reshape(-1, width)).any(
-            axis=1
-        ) | ~found
-        if differs.any():
-            self._table.update(keys[differs], values[differs])
-        return int(differs.sum())
 
     def delete(self, prefixes: Collection[Prefix]) -> int:
         """Delete rows; return how many were there. Bumps the epoch if any."""
@@ -86,17 +84,18 @@ class Ipcache:
 
     def sync(self, desired: Mapping[Prefix, IpcacheRow], *, prune: bool) -> int:
         """Make the map hold ``desired``; return how many rows changed. Others are deleted only with ``prune``."""
-        changed = 0
-        if desired:
-            wanted = self._keys(desired.keys())
-            changed = self._write(wanted, self._values(desired.values()))
-        else:
-            wanted = np.zeros(0, self._table.key_dtype)
+        keys, values = self._keys(desired.keys()), self._values(desired.values())
+        actual_keys, actual_values = self._table.dump()
+        actual = dict(zip(raw_rows(actual_keys), raw_rows(actual_values), strict=True))
+        wanted = raw_rows(keys)
+        pairs = zip(wanted, raw_rows(values), strict=True)
+        differs = np.fromiter((actual.get(key) != value for key, value in pairs), np.bool_, len(keys))
+        changed = int(differs.sum())
+        self._table.update(keys[differs], values[differs])
         if prune:
-            actual, _ = self._table.dump()
-            keep = set(raw_rows(wanted))
-            gone = np.fromiter((raw not in keep for raw in raw_rows(actual)), np.bool_, len(actual))
-            changed += self._table.delete_many(actual[gone])
+            keep = set(wanted)
+            gone = np.fromiter((raw not in keep for raw in actual), np.bool_, len(actual))
+            changed += self._table.delete_many(actual_keys[gone])
         if changed:
             self._epoch.bump()
         return changed
@@ -114,3 +113,10 @@ class Ipcache:
                 "pod": bool(flags & self._pod),
                 "key": int(value["key"]),
             }
+
+
+def _differ(one: Array, other: Array) -> Array:
+    """Where two arrays of rows differ in any octet."""
+    width = one.dtype.itemsize
+    left, right = (np.ascontiguousarray(rows).view(np.uint8).reshape(-1, width) for rows in (one, other))
+    return np.asarray((left != right).any(axis=1))
