@@ -27,3 +27,15 @@ CONFIG(__u16, nat_port_min, "first source port for masquerading, host byte order
 CONFIG(__u16, nat_port_max, "last source port for masquerading, host byte order");
 CONFIG(__u32, underlay_mtu, "MTU of the underlay, octets of IP packet");
 CONFIG(__u32, tunnel_mtu, "largest inner IP packet that fits the overlay, octets");
+
+/* A configured address. Read as volatile: through any other pointer the compiler may take the constant for
+ * the zero that stands in the object.
+ */
+static __always_inline union addr config_addr(const volatile union addr *from)
+{
+	union addr to;
+
+	to.d[0] = from->d[0];
+	to.d[1] = from->d[1];
+	return to;
+}

@@ -48,11 +48,13 @@ static __always_inline int too_big_v6(struct __sk_buff *skb, struct scratch *s, 
 		.version = 6, .hop_limit = 64, .nexthdr = PROTO_ICMPV6, .payload_len = bpf_htons(sizeof(*icmp)),
 	};
 	__be32 pseudo[2] = { bpf_htonl(sizeof(*icmp)), bpf_htonl(PROTO_ICMPV6) };
+	union addr gateway;
 	__s64 sum;
 
 	icmp->type = ICMPV6_PKT_TOOBIG;
 	icmp->code = 0;
-	__builtin_memcpy(&ip.saddr, (const void *)&config_gateway_v6, 16);
+	gateway = config_addr(&config_gateway_v6);
+	__builtin_memcpy(&ip.saddr, &gateway, 16);
 	__builtin_memcpy(&ip.daddr, &s->p.saddr, 16);
 	sum = bpf_csum_diff(NULL, 0, pseudo, sizeof(pseudo), 0);
 	sum = bpf_csum_diff(NULL, 0, (__be32 *)&ip.saddr, 32, sum);

@@ -164,7 +164,7 @@ static __noinline int nat_out(struct __sk_buff *skb, struct scratch *s)
 	if (!s)
 		return -DROP_INTERNAL;
 	p = &s->p;
-	mapped.addr = p->family == 4 ? config_node_v4 : config_node_v6;
+	mapped.addr = p->family == 4 ? config_addr(&config_node_v4) : config_addr(&config_node_v6);
 	if (addr_zero(&mapped.addr))
 		return -DROP_NO_ROUTE;
 	if (p->quoted || !nat_has_ports(p))

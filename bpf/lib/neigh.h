@@ -76,7 +76,7 @@ static __noinline int arp_answer(struct __sk_buff *skb, struct scratch *s, const
 static __noinline int nd_answer(struct __sk_buff *skb, struct scratch *s, const struct endpoint *ep)
 {
 	struct nd_advert *na;
-	union addr target;
+	union addr target, gateway;
 	__be32 pseudo[2];
 	__s64 sum;
 
@@ -86,7 +86,8 @@ static __noinline int nd_answer(struct __sk_buff *skb, struct scratch *s, const 
 		return drop_quietly(s, -DROP_UNSUPPORTED_DEST);
 	if (bpf_skb_load_bytes(skb, s->p.l4 + 8, &target, sizeof(target)))
 		return drop_quietly(s, -DROP_INVALID_PACKET);
-	if (!addr_equal(&target, (const union addr *)&config_gateway_v6))
+	gateway = config_addr(&config_gateway_v6);
+	if (!addr_equal(&target, &gateway))
 		return drop_quietly(s, -DROP_UNSUPPORTED_DEST);
 	na = (struct nd_advert *)s->octets;
 	__builtin_memset(na, 0, sizeof(*na));
