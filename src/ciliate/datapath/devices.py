@@ -5,7 +5,7 @@ second run.
 import hashlib
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import (
     IPv4Address,
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from ciliate.datapath.netlink import (
+    RTPROT_CILIATE,
     Address,
     LinkState,
     Netlink,
@@ -212,6 +213,24 @@ def sync_pod_routes(
                 requests.append(route_replace(cidr, host.ifindex, source=source, mtu=mtu))
         if prune:
             requests += [route_delete(cidr, host.ifindex) for cidr in actual if cidr not in wanted]
+        netlink.run(requests)
+        return len(requests)
+
+
+def sync_node_routes(device: str, gateways: Mapping[Network, Address]) -> int:
+    """Lead other nodes' pod CIDRs to those nodes (native routing); our routes to other CIDRs go. Return how many
+    changed.
+    """
+    with Netlink() as netlink:
+        native = _present(netlink, device)
+        ours = [r for r in netlink.routes() if r.oif == native.ifindex and r.table == 254 and r.protocol == RTPROT_CILIATE]
+        actual = {route.destination: route.gateway for route in ours}
+        requests = [
+            route_replace(cidr, native.ifindex, gateway=gateway)
+            for cidr, gateway in gateways.items()
+            if actual.get(cidr) != gateway
+        ]
+        requests += [route_delete(cidr, native.ifindex) for cidr in actual if cidr not in gateways]
         netlink.run(requests)
         return len(requests)
 

@@ -28,7 +28,7 @@ from ciliate.datapath.ipcache import Ipcache
 from ciliate.datapath.links import Hook, Links
 from ciliate.datapath.listeners import Listeners
 from ciliate.datapath.maps import Map, joined
-from ciliate.datapath.netlink import Netlink, Network
+from ciliate.datapath.netlink import LinkState, Netlink, Network
 from ciliate.datapath.object import BpfObject, ConfigValue, LoadError
 from ciliate.datapath.policy import Desired, PolicyMaps, PolicyReport
 from ciliate.datapath.rule_ids import RuleIds
@@ -276,6 +276,15 @@ class Datapath:
             mtu=self.pod_mtu,
             prune=prune,
         )
+
+    def sync_node_routes(self, gateways: Mapping[Network, IPv4Address | IPv6Address]) -> int:
+        """Lead other nodes' pod CIDRs to those nodes by the underlay: native routing. Return how many routes changed."""
+        return devices.sync_node_routes(self.config.device, gateways)
+
+    def pod_interface(self, name: str) -> LinkState | None:
+        """Return a pod's host-side device, None: it is gone."""
+        with Netlink() as netlink:
+            return netlink.link(name)
 
     def mtu_changed(self) -> bool:
         """Return whether the underlay's MTU is not the one the programs were loaded for: then close and ``open``

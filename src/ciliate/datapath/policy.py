@@ -228,12 +228,9 @@ class PolicyMaps:
         """Return ``id(image)`` -> content for every image; new classes get numbers, nothing is written."""
         images = {id(image): image for pair in desired.values() for image in pair if image is not None}
         found = {n: self._cache[n][1] for n, image in images.items() if n in self._cache and self._cache[n][0] is image}
-        rows = {id(rows): rows for image in images.values() for rows in _class_rows(image)}
-        rulesets = {id(r.ruleset): r.ruleset for one in rows.values() for r in one if r.ruleset is not None}
-        names = ruleset_names(rulesets.values())
-        numbers = {n: self._ids.ruleset(names[n]) for n in rulesets}
-        moved = {numbers[n] for n in rulesets} != set(self._rulesets)
-        self._rulesets = {numbers[n]: one for n, one in rulesets.items()}
+        numbers, named = self._number_rulesets(images.values())
+        moved = named.keys() != self._rulesets.keys()
+        self._rulesets = named
         if moved:
             found = {}  # a rule set may have another number now: look at every class again
         classes: dict[int, int] = {}
@@ -244,6 +241,19 @@ class PolicyMaps:
                         classes[id(one)] = self._class_id(one, numbers)
                 found[number] = self._image_content(image, classes)
         return found
+
+    def _number_rulesets(self, images: Iterable[PolicyImage]) -> tuple[dict[int, int], dict[int, RuleSet]]:
+        """Return ``id(ruleset)`` -> number, and number -> rule set, of all rows of the images."""
+        rows = {id(rows): rows for image in images for rows in _class_rows(image)}
+        rulesets = {id(r.ruleset): r.ruleset for one in rows.values() for r in one if r.ruleset is not None}
+        names = ruleset_names(rulesets.values())
+        numbers = {n: self._ids.ruleset(names[n]) for n in rulesets}
+        return numbers, {numbers[n]: one for n, one in rulesets.items()}
+
+    def rulesets_of(self, desired: Desired) -> Mapping[int, RuleSet]:
+        """Return the rule sets that ``apply(desired)`` will redirect to, by id: the proxy must have them before."""
+        images = {id(image): image for pair in desired.values() for image in pair if image is not None}
+        return self._number_rulesets(images.values())[1]
 
     def _image_content(self, image: PolicyImage, classes: Mapping[int, int]) -> _Content:
         def by_scope(table: Mapping[Scope, ClassRows]) -> list[int]:

@@ -1,0 +1,543 @@
+"""The agent of one node: feeds what it learns into the enforcement worker, and answers for it."""
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+
+from ciliate.daemon.cidrs import CidrIdentities
+from ciliate.daemon.config import AgentConfig
+from ciliate.daemon.endpoints import EndpointTable, LocalEndpoint
+from ciliate.daemon.enforcement import Enforcement
+from ciliate.daemon.ipcache import IpTable, NodeAddresses, PodAddress
+from ciliate.daemon.monitor import Decoder, Hub
+from ciliate.datapath.endpoints import EndpointId, EndpointRow
+from ciliate.datapath.node import Datapath, DatapathConfig
+from ciliate.identity.labels import Labels, pod_labels, reserved_labels
+from ciliate.identity.numbers import IdentityId, Reserved
+from ciliate.ipam.pool import HostIpam
+from ciliate.k8s.manifests import Manifests, ObjectKey
+from ciliate.k8s.objects import Namespace, ObjectError, Pod, parse_namespace, parse_pod
+from ciliate.kvstore.addresses import Addresses, IpEntry, NamedPort
+from ciliate.kvstore.identities import IdentityAllocator
+from ciliate.kvstore.nodes import Nodes
+from ciliate.kvstore.store import FileStore
+from ciliate.node.model import Node
+from ciliate.policy.engine import PolicyEngine
+from ciliate.policy.parse import parse_object
+from ciliate.policy.rules import PolicyError, PolicyObject
+from ciliate.proxy.api import AccessLogEntry
+from ciliate.proxy.client import ProxyClient, ProxyRequestError, ProxyUnavailableError
+
+log = structlog.get_logger()
+POLICY_KINDS = frozenset({"NetworkPolicy", "CiliumNetworkPolicy", "CiliumClusterwideNetworkPolicy"})
+Key = tuple[str, str, str]
+
+
+@dataclass(slots=True)
+class Cluster:
+    """What the manifests say: typed objects, and what is wrong with the others. The last valid object stays."""
+
+    pods: dict[tuple[str, str], Pod] = field(default_factory=dict)
+    namespaces: dict[str, Namespace] = field(default_factory=dict)
+    policies: dict[Key, PolicyObject] = field(default_factory=dict)
+    rejected: dict[Key, str] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+    """By file."""
+
+
+class Agent:
+    """Everything of one node's agent. ``start`` builds it; ``run`` works until cancelled."""
+
+    def __init__(self, config: AgentConfig) -> None:
+        """Read the state that a former agent left. Errors: OSError, ValueError."""
+        self.config = config
+        self.started = time.monotonic()
+        config.state_dir.mkdir(parents=True, exist_ok=True)
+        self.endpoints = EndpointTable(config.state_dir / "endpoints.json")
+        self.table = IpTable()
+        self.hub = Hub()
+        self.cluster = Cluster()
+        self.node = self._own_node()
+        self.store = FileStore(config.kvstore_dir)
+        self.identities = IdentityAllocator(self.store, config.node_name, config.cluster_id)
+        self.addresses = Addresses(self.store)
+        self.nodes = Nodes(self.store)
+        self.manifests = Manifests(config.manifests_dir)
+        self.proxy = ProxyClient(config.proxy_socket)
+        self.ipam = HostIpam(config.cidrs(), node=config.node_name)
+        for one in self.endpoints:
+            self.ipam.restore(one.owner, one.ips())
+        self.engine = PolicyEngine(cluster=config.cluster_name, cluster_id=config.cluster_id)
+        for number, labels in reserved_labels().items():
+            self.engine.identities.add(number, labels)
+        self.waiting = {"manifests", "identities", "addresses", "nodes"}
+        """Sources that have not reported yet."""
+        self.datapath: Datapath
+        self.enforcement: Enforcement
+        self.ready = False
+        self._scanning = asyncio.Lock()
+        self._remote: dict[str, Node] = {}
+        self._housekeeping = asyncio.Event()
+
+    # ---- life -------------------------------------------------------------------------------------------------
+
+    def _own_node(self) -> Node:
+        config = self.config
+        return Node(
+            name=config.node_name,
+            cluster=config.cluster_name,
+            cluster_id=config.cluster_id,
+            ipv4=config.node_ip(4),
+            ipv6=config.node_ip(6),
+            pod_cidrs=config.cidrs(),
+        )
+
+    def open(self) -> None:
+        """Bring the datapath up or take it over. Errors: LoadError, DeviceError, NetlinkError, LinkError, OSError."""
+        config = self.config
+        self.datapath = Datapath.open(
+            DatapathConfig(
+                node_name=config.node_name,
+                bpffs=config.bpffs,
+                state_dir=config.state_dir,
+                device=config.device,
+                ipv4=config.ipv4,
+                ipv6=config.ipv6,
+                node_v4=config.node_ip(4),
+                node_v6=config.node_ip(6),
+                cluster_id=config.cluster_id,
+                tunnel=config.routing_mode == "tunnel",
+                tunnel_port=config.tunnel_port,
+                masquerade=config.masquerade,
+                max_entries=config.map_sizes,
+            )
+        )
+        self.enforcement = Enforcement(
+            self.datapath,
+            self.engine,
+            self.endpoints,
+            self.table,
+            CidrIdentities(config.state_dir / "cidrs.json"),
+            self.proxy,
+        )
+        self.decoder = Decoder(
+            node=config.node_name,
+            reasons=self.datapath.drop_reasons(),
+            explain=self.datapath.policy.explain,
+            endpoints=self.endpoints,
+            table=self.table,
+            identities=self.engine.identities,
+        )
+
+    def restore(self) -> None:
+        """Take over the endpoints of a former agent: those whose interface is still there. Errors: OSError."""
+        for one in self.endpoints:
+            device = self.datapath.pod_interface(one.device)
+            if device is None or device.ifindex != one.ifindex:
+                log.info("endpoint-gone", endpoint=one.id, pod=one.pod)
+                self.release(one)
+                continue
+            self.engine.identities.add(one.identity_id, one.label_set)
+            self.table.pods |= self._rows(one)
+            self.datapath.endpoints.upsert(self.row(one))
+
+    async def run(self) -> None:
+        """Follow every source until cancelled."""
+        self.nodes.publish(self.node)
+        self._learn_nodes({self.config.node_name: self.node})
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.enforcement.run())
+            group.create_task(self._follow_manifests())
+            group.create_task(self._follow_identities())
+            group.create_task(self._follow_addresses())
+            group.create_task(self._follow_nodes())
+            group.create_task(self._read_events())
+            group.create_task(self._read_accesslog())
+            group.create_task(self._keep_house())
+
+    async def _reported(self, source: str) -> None:
+        """A source has reported all it knows; after the last one, what nobody asked for goes, and we are ready."""
+        if source not in self.waiting:
+            return
+        self.waiting.discard(source)
+        if self.waiting:
+            return
+        self.identities.restore(one.label_set for one in self.endpoints)
+        self.enforcement.complete = True
+        await self.enforcement.enforced(self.enforcement.request())
+        self.ready = True
+        self._housekeeping.set()
+        log.info("ready", seconds=round(time.monotonic() - self.started, 3), endpoints=len(self.endpoints))
+
+    # ---- endpoints --------------------------------------------------------------------------------------------
+
+    def row(self, one: LocalEndpoint) -> EndpointRow:
+        """Return the datapath's row of an endpoint."""
+        v4, v6 = one.ip(4), one.ip(6)
+        return EndpointRow(
+            id=EndpointId(one.id),
+            identity=one.identity,
+            ifindex=one.ifindex,
+            mac=bytes.fromhex(one.mac),
+            gw_mac=bytes.fromhex(one.gw_mac),
+            v4=v4,  # type: ignore[arg-type]
+            v6=v6,  # type: ignore[arg-type]
+            mtu=self.datapath.pod_mtu,
+        )
+
+    def _host(self) -> str:
+        return str(self.node.ipv4 or self.node.ipv6)
+
+    def _rows(self, one: LocalEndpoint) -> dict[str, PodAddress]:
+        shared = PodAddress(identity=one.identity_id, host=self._host(), pod=one.pod)
+        return dict.fromkeys(one.addresses, shared)
+
+    def labels_of(self, namespace: str, name: str) -> tuple[Labels, frozenset[tuple[str, int, int]]] | None:
+        """Return (security labels, named ports) of a pod, None: the manifests do not name it."""
+        pod = self.cluster.pods.get((namespace, name))
+        if pod is None:
+            return None
+        known = self.cluster.namespaces.get(namespace)
+        labels = pod_labels(
+            namespace=namespace,
+            labels=pod.labels,
+            namespace_labels=known.labels if known else {},
+            service_account=pod.service_account,
+            cluster=self.config.cluster_name,
+        )
+        return labels, pod.named_ports
+
+    async def identify(self, one: LocalEndpoint) -> bool:
+        """Give an endpoint the identity of its labels; return whether it changed. A pod nobody knows is ``init``."""
+        found = self.labels_of(one.namespace, one.name)
+        labels, ports = found or (reserved_labels()[IdentityId(Reserved.INIT)], frozenset())
+        if one.identity and labels == one.label_set and sorted(ports) == one.named_ports:
+            return False
+        former = one.label_set if one.identity >= 256 else None
+        if found is None:
+            number = IdentityId(Reserved.INIT)
+        elif labels == one.label_set and one.identity:
+            number, former = one.identity_id, None
+        else:
+            number = await asyncio.to_thread(self.identities.acquire, labels)
+            self.engine.identities.add(number, labels)
+        one.identity, one.labels, one.named_ports = number, sorted(labels), sorted(ports)
+        self.engine.set_named_ports(number, ports)
+        if former is not None:
+            await asyncio.to_thread(self.identities.release, former)
+        return True
+
+    async def expose(self, one: LocalEndpoint) -> None:
+        """Write an endpoint's rows, here and for the other nodes, and enforce its policy."""
+        self.endpoints.add(one)
+        self.table.pods |= self._rows(one)
+        await asyncio.to_thread(self.datapath.endpoints.upsert, self.row(one))
+        await self.enforcement.enforced(self.enforcement.request())
+        await asyncio.to_thread(self._publish, one)
+
+    def _publish(self, one: LocalEndpoint) -> None:
+        ports = tuple(NamedPort(name=name, protocol=protocol, port=port) for name, protocol, port in one.named_ports)
+        for address in one.addresses:
+            entry = IpEntry(
+                ip=address,
+                host_ip=self._host(),
+                identity=one.identity,
+                namespace=one.namespace,
+                pod=one.name,
+                named_ports=ports,
+            )
+            self.addresses.publish(entry)
+
+    def release(self, one: LocalEndpoint) -> None:
+        """Give back everything an endpoint has. Blocking; idempotent."""
+        self.datapath.unwire_endpoint(one.device, EndpointId(one.id))
+        for address in one.addresses:
+            self.addresses.withdraw(address, self._host())
+            self.table.pods.pop(address, None)
+        self.ipam.release(one.owner)
+        if one.identity >= 256:
+            self.identities.release(one.label_set)
+        self.endpoints.remove(one)
+
+    def released(self) -> None:
+        """After ``release``: let the maps forget."""
+        self.enforcement.request()
+        self._housekeeping.set()
+
+    # ---- manifests --------------------------------------------------------------------------------------------
+
+    async def scan(self) -> int:
+        """Read the manifests; return the enforcement request that covers what they say now."""
+        async with self._scanning:
+            found = await asyncio.to_thread(self.manifests.scan)
+            self.cluster.problems = {str(file): text for file, text in found.problems.items()}
+            for key in found.removed:
+                self._forget(key)
+            for key in sorted(found.changed, key=lambda one: (one.kind, one.namespace, one.name)):
+                self._learn(key, found.objects[key])
+            self.enforcement.set_policies(self.cluster.policies)
+            await self._identify_all(found.changed | found.removed)
+            return self.enforcement.request()
+
+    def _learn(self, key: ObjectKey, raw: Mapping[str, Any]) -> None:
+        cluster, name = self.cluster, (key.kind, key.namespace, key.name)
+        try:
+            match key.kind:
+                case "Pod":
+                    cluster.pods[key.namespace, key.name] = parse_pod(raw)
+                case "Namespace":
+                    cluster.namespaces[key.name] = parse_namespace(raw)
+                case kind if kind in POLICY_KINDS:
+                    policy = parse_object(raw)
+                    cluster.policies[policy.key] = policy
+                case _:
+                    return
+        except (PolicyError, ObjectError) as error:
+            cluster.rejected[name] = str(error)
+            log.warning("object-rejected", kind=key.kind, namespace=key.namespace, name=key.name, problem=str(error))
+        else:
+            cluster.rejected.pop(name, None)
+
+    def _forget(self, key: ObjectKey) -> None:
+        self.cluster.rejected.pop((key.kind, key.namespace, key.name), None)
+        match key.kind:
+            case "Pod":
+                self.cluster.pods.pop((key.namespace, key.name), None)
+            case "Namespace":
+                self.cluster.namespaces.pop(key.name, None)
+            case kind if kind in POLICY_KINDS:
+                self.cluster.policies.pop((key.kind, key.namespace, key.name), None)
+
+    async def _identify_all(self, keys: set[ObjectKey]) -> None:
+        """Pods whose labels, or whose namespace's, may have changed get the identity they have now."""
+        pods = {(key.namespace, key.name) for key in keys if key.kind == "Pod"}
+        namespaces = {key.name for key in keys if key.kind == "Namespace"}
+        for one in self.endpoints:
+            if not one.ifindex or ((one.namespace, one.name) not in pods and one.namespace not in namespaces):
+                continue
+            if await self.identify(one):
+                await self._relabelled(one)
+
+    async def _relabelled(self, one: LocalEndpoint) -> None:
+        self.endpoints.save()
+        self.table.pods |= self._rows(one)
+        await asyncio.to_thread(self.datapath.endpoints.upsert, self.row(one))
+        await asyncio.to_thread(self._publish, one)
+
+    async def sync(self) -> dict[str, Any]:
+        """Read the manifests and answer when this node enforces them."""
+        began = time.perf_counter()
+        outcome = await self.enforcement.enforced(await self.scan())
+        return {
+            "revision": outcome.revision,
+            "epoch": outcome.epoch,
+            "objects": self.policies(),
+            "problems": self.problems(),
+            "elapsed_ms": round((time.perf_counter() - began) * 1000, 3),
+        }
+
+    def problems(self) -> list[str]:
+        """Return what is not as asked for."""
+        files = [f"{file}: {text}" for file, text in sorted(self.cluster.problems.items())]
+        return [*files, *self.cluster.rejected.values(), *self.enforcement.last.problems]
+
+    def policies(self) -> list[dict[str, Any]]:
+        """Return each policy object and whether it is enforced."""
+        pending = "; ".join(self.enforcement.last.problems)
+        listed = []
+        for key in sorted(self.cluster.policies.keys() | self.cluster.rejected.keys()):
+            rejected = self.cluster.rejected.get(key, "")
+            listed.append(
+                {
+                    "kind": key[0],
+                    "namespace": key[1],
+                    "name": key[2],
+                    "state": "rejected" if rejected else "pending" if pending else "enforced",
+                    "message": rejected or pending,
+                    "in_force": key in self.cluster.policies,
+                }
+            )
+        return listed
+
+    # ---- sources ----------------------------------------------------------------------------------------------
+
+    async def _follow_manifests(self) -> None:
+        number = await self.scan()
+        for one in self.endpoints:
+            if await self.identify(one):
+                await self._relabelled(one)
+        await self.enforcement.enforced(number)
+        await self._reported("manifests")
+        async for _ in self.manifests.changes():
+            await self.scan()
+
+    async def _follow_identities(self) -> None:
+        async for batch in self.identities.watch():
+            for number, labels in batch.items():
+                if labels is not None:
+                    self.engine.identities.add(number, labels)
+                elif not any(one.identity == number for one in self.endpoints):
+                    self.engine.identities.remove(number)
+            self.enforcement.request()
+            await self._reported("identities")
+
+    async def _follow_addresses(self) -> None:
+        async for batch in self.addresses.watch():
+            for address, entry in batch.items():
+                if entry is not None and entry.host_ip != self._host():
+                    self.table.pods[address] = PodAddress(
+                        identity=IdentityId(entry.identity),
+                        host=entry.host_ip,
+                        pod=f"{entry.namespace}/{entry.pod}" if entry.pod else "",
+                    )
+                    ports = frozenset((one.name, one.protocol, one.port) for one in entry.named_ports)
+                    self.engine.set_named_ports(IdentityId(entry.identity), ports)
+                elif (known := self.table.pods.get(address)) is not None and known.host != self._host():
+                    del self.table.pods[address]
+            self.enforcement.request()
+            await self._reported("addresses")
+
+    async def _follow_nodes(self) -> None:
+        async for batch in self.nodes.watch():
+            for name, node in batch.items():
+                if node is None:
+                    self._remote.pop(name, None)
+                else:
+                    self._remote[name] = node
+            await asyncio.to_thread(self._learn_nodes, self._remote | {self.config.node_name: self.node})
+            self.enforcement.request()
+            await self._reported("nodes")
+
+    def _learn_nodes(self, nodes: Mapping[str, Node]) -> None:
+        known = {}
+        for name, node in nodes.items():
+            addresses = tuple(a for a in (node.ipv4, node.ipv6) if a is not None)
+            if addresses:
+                local = name == self.config.node_name
+                known[name] = NodeAddresses(name=name, addresses=addresses, underlay=addresses[0], local=local)
+        self.table.nodes = known
+        tunnel = self.config.routing_mode == "tunnel"
+        via_host = [c for n, node in nodes.items() for c in node.pod_cidrs if tunnel or n == self.config.node_name]
+        self.datapath.sync_pod_routes(via_host, prune=True)
+        if not tunnel:
+            remote = [node for name, node in nodes.items() if name != self.config.node_name]
+            routes = {c: node.ipv4 if c.version == 4 else node.ipv6 for node in remote for c in node.pod_cidrs}
+            self.datapath.sync_node_routes({c: gateway for c, gateway in routes.items() if gateway is not None})
+
+    # ---- events and housekeeping ------------------------------------------------------------------------------
+
+    async def _read_events(self) -> None:
+        reader = self.datapath.events()
+        try:
+            while True:
+                batch = await reader.wait()
+                if self.hub.heard:
+                    self.hub.publish(self.decoder.documents(batch))
+        finally:
+            reader.close()
+
+    async def _read_accesslog(self) -> None:
+        """Follow the proxy's access log; a proxy that went away and came back is told everything again."""
+        first = True
+        while True:
+            try:
+                await self.proxy.status()
+                if not first:
+                    self.enforcement.resync_proxy()
+                async for entry in self.proxy.accesslog():
+                    if self.hub.heard and isinstance(entry, AccessLogEntry):
+                        self.hub.publish([self.decoder.http(entry)])
+            except (ProxyUnavailableError, ProxyRequestError):
+                await asyncio.sleep(0.5)
+            first = False
+
+    async def _keep_house(self) -> None:
+        """Free what removed pods and policies left: soon after a change, and every so often."""
+        while True:
+            try:
+                async with asyncio.timeout(15):
+                    await self._housekeeping.wait()
+            except TimeoutError:
+                await asyncio.to_thread(self.datapath.conntrack.sweep)
+            self._housekeeping.clear()
+            await asyncio.to_thread(self.datapath.housekeeping)
+
+    # ---- what others ask --------------------------------------------------------------------------------------
+
+    def health(self) -> dict[str, Any]:
+        """Return whether pods can be wired now, and if not, what is awaited."""
+        reasons = [f"waiting for {source}" for source in sorted(self.waiting)]
+        if not self.waiting and not self.ready:
+            reasons = ["the first policies are being written"]
+        return {"ready": self.ready, "reasons": reasons}
+
+    def endpoint_documents(self) -> list[dict[str, Any]]:
+        """Return all endpoints for display."""
+        return [self.endpoint_document(one) for one in sorted(self.endpoints, key=lambda e: e.id)]
+
+    def endpoint_document(self, one: LocalEndpoint) -> dict[str, Any]:
+        """Return an endpoint for display."""
+        egress, ingress = self.datapath.endpoints.policies().get(EndpointId(one.id), (0, 0))
+        return {
+            "id": one.id,
+            "namespace": one.namespace,
+            "name": one.name,
+            "pod": one.pod,
+            "identity": one.identity,
+            "labels": one.labels,
+            "addresses": one.addresses,
+            "device": one.device,
+            "ifindex": one.ifindex,
+            "container_id": one.container_id,
+            "state": "ready" if one.ifindex else "creating",
+            "policy": {"egress": egress, "ingress": ingress, "egress_enforced": egress != 0, "ingress_enforced": ingress != 0},
+            "named_ports": [list(port) for port in one.named_ports],
+        }
+
+    def node_documents(self) -> list[dict[str, Any]]:
+        """Return the cluster's nodes for display."""
+        nodes = self._remote | {self.config.node_name: self.node}
+        return [
+            {
+                "name": name,
+                "addresses": [str(a) for a in (node.ipv4, node.ipv6) if a is not None],
+                "pod_cidrs": [str(cidr) for cidr in node.pod_cidrs],
+                "local": name == self.config.node_name,
+            }
+            for name, node in sorted(nodes.items())
+        ]
+
+    def status(self) -> dict[str, Any]:
+        """Return what ``ciliate status`` shows."""
+        last = self.enforcement.last
+        return {
+            "node": self.config.node_name,
+            "cluster": {"name": self.config.cluster_name, "id": self.config.cluster_id},
+            "health": self.health(),
+            "routing_mode": self.config.routing_mode,
+            "ipv4": self.config.ipv4,
+            "ipv6": self.config.ipv6,
+            "masquerade": self.config.masquerade,
+            "endpoints": len(self.endpoints),
+            "identities": len(self.engine.identities.rows),
+            "policies": len(self.cluster.policies),
+            "nodes": len(self._remote.keys() | {self.config.node_name}),
+            "ipam": self.ipam.usage(),
+            "enforcement": {"revision": last.revision, "epoch": last.epoch, "milliseconds": round(last.took * 1000, 3)},
+            "problems": self.problems(),
+            "datapath": self.datapath.status(),
+        }
+
+    def identity_documents(self) -> list[dict[str, Any]]:
+        """Return the identities that this node knows, for display."""
+        local: dict[int, int] = {}
+        for one in self.endpoints:
+            local[one.identity] = local.get(one.identity, 0) + 1
+        return [
+            {"id": number, "labels": sorted(row.labels), "local_endpoints": local.get(number, 0)}
+            for number, row in sorted(self.engine.identities.rows.items())
+        ]

@@ -1,0 +1,179 @@
+"""The agent's configuration: a YAML file whose keys are also flags; a flag wins."""
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import yaml
+
+_CLUSTER: Final = re.compile(r"[a-z0-9]([-a-z0-9]{0,30}[a-z0-9])?")
+Network = IPv4Network | IPv6Network
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentConfig:
+    """What a node's agent is told. Paths are absolute; ``node_ips`` has at most one address of each family."""
+
+    node_name: str
+    device: str
+    bpffs: Path
+    manifests_dir: Path
+    kvstore_dir: Path
+    node_ips: tuple[IPv4Address | IPv6Address, ...]
+    pod_cidrs: tuple[Network, ...]
+    cluster_name: str = "default"
+    cluster_id: int = 0
+    state_dir: Path = Path("/var/lib/ciliate")
+    run_dir: Path = Path("/run/ciliate")
+    ipv4: bool = True
+    ipv6: bool = True
+    routing_mode: Literal["tunnel", "native"] = "tunnel"
+    masquerade: bool = True
+    tunnel_port: int = 8472
+    cni_conf_dir: Path | None = None
+    cni_bin_dir: Path | None = None
+    map_sizes: Mapping[str, int]
+
+    @property
+    def socket(self) -> Path:
+        """Where the agent's API listens."""
+        return self.run_dir / "ciliate.sock"
+
+    @property
+    def proxy_socket(self) -> Path:
+        """Where ``ciliate-proxyd`` listens."""
+        return self.run_dir / "proxyd.sock"
+
+    def node_ip(self, version: int) -> Any:
+        """Return the node's address of a family, or None."""
+        return next((a for a in self.node_ips if a.version == version), None)
+
+    def cidrs(self) -> tuple[Network, ...]:
+        """Return the pod CIDRs of the families that are on."""
+        return tuple(c for c in self.pod_cidrs if (self.ipv4 if c.version == 4 else self.ipv6))
+
+
+_HELP: Final[Mapping[str, str]] = {
+    "node_name": "name of this node, as in `spec.nodeName` of its pods",
+    "device": "underlay interface, for example eth0",
+    "bpffs": "mounted bpffs of this node alone: the datapath is pinned there",
+    "manifests_dir": "directory of Kubernetes objects (*.yaml, *.json): pods, namespaces, policies",
+    "kvstore_dir": "directory that all nodes of the cluster share: identities, addresses, nodes",
+    "node_ips": "addresses of this node, one of each family, comma-separated",
+    "pod_cidrs": "ranges this node's pods get their addresses from, one of each family, comma-separated",
+    "cluster_name": "name of the cluster (default: default)",
+    "cluster_id": "number of the cluster, 0 to 255 (default: 0)",
+    "state_dir": "what must survive a restart (default: /var/lib/ciliate)",
+    "run_dir": "where ciliate.sock and proxyd.sock are (default: /run/ciliate)",
+    "ipv4": "pods have IPv4 addresses (default: true)",
+    "ipv6": "pods have IPv6 addresses (default: true)",
+    "routing_mode": "tunnel (VXLAN) or native (default: tunnel)",
+    "masquerade": "pods leave the cluster with the node's address (default: true)",
+    "tunnel_port": "UDP port of the overlay (default: 8472)",
+    "cni_conf_dir": "install the CNI configuration here once the agent is ready",
+    "cni_bin_dir": "install the CNI plugin here",
+    "map_sizes": "rows of BPF maps by name, for example ct=65536,nat=65536",
+}
+_TYPES: Final = {field.name: field.type for field in fields(AgentConfig)}
+
+
+def arguments(argv: Sequence[str] | None = None) -> AgentConfig:
+    """Return the configuration of a command line. Error: ConfigError; ``--help`` exits."""
+    parser = argparse.ArgumentParser(
+        prog="ciliated",
+        description="The Ciliate agent of one node: wires pods, enforces policies, keeps the node's datapath.",
+        epilog="Every option may stand in the --config file (YAML) under its name without dashes in front. "
+        "State is reconciled with what runs: a restart breaks no connection.",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of the options below")
+    for name, text in _HELP.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", metavar="VALUE", help=text)
+    given = vars(parser.parse_args(argv))
+    path = given.pop("config")
+    values = _file(path) if path else {}
+    values |= {name: value for name, value in given.items() if value is not None}
+    return build(values)
+
+
+def _file(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path}: {error}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"--config {path}: a mapping of options is expected")
+    return {str(key).replace("-", "_"): value for key, value in document.items()}
+
+
+def build(values: Mapping[str, Any]) -> AgentConfig:
+    """Return the configuration of plain values (strings, or what YAML has). Error: ConfigError."""
+    if unknown := sorted(values.keys() - _HELP.keys()):
+        raise ConfigError(f"unknown option: {', '.join(unknown).replace('_', '-')}")
+    read = {name: _read(name, value) for name, value in values.items() if value is not None}
+    required = ("node_name", "device", "bpffs", "manifests_dir", "kvstore_dir", "node_ips", "pod_cidrs")
+    if missing := [name.replace("_", "-") for name in required if name not in read]:
+        raise ConfigError(f"not set: {', '.join(missing)}")
+    config = AgentConfig(**({"map_sizes": {}} | read))
+    _check(config)
+    return config
+
+
+def _read(name: str, value: Any) -> Any:
+    option = name.replace("_", "-")
+    try:
+        match name:
+            case "ipv4" | "ipv6" | "masquerade":
+                return value if isinstance(value, bool) else {"true": True, "false": False}[str(value).lower()]
+            case "cluster_id" | "tunnel_port":
+                return int(value)
+            case "node_ips":
+                return tuple(ip_address(one) for one in _listed(value))
+            case "pod_cidrs":
+                return tuple(ip_network(one) for one in _listed(value))
+            case "map_sizes":
+                if isinstance(value, Mapping):
+                    return {str(key): int(size) for key, size in value.items()}
+                return {key: int(size) for key, _, size in (one.partition("=") for one in _listed(value))}
+            case "node_name" | "device" | "cluster_name" | "routing_mode":
+                return str(value)
+            case _:
+                return Path(str(value)).absolute()
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"{option}: {value!r} is not valid ({error})") from error
+
+
+def _listed(value: Any) -> list[str]:
+    parts = value.split(",") if isinstance(value, str) else list(value)
+    return [str(part).strip() for part in parts if str(part).strip()]
+
+
+def _check(config: AgentConfig) -> None:
+    if not config.ipv4 and not config.ipv6:
+        raise ConfigError("ipv4, ipv6: one of them must be on")
+    if config.routing_mode not in ("tunnel", "native"):
+        raise ConfigError(f"routing-mode: {config.routing_mode!r} is neither tunnel nor native")
+    if not 0 <= config.cluster_id <= 255:
+        raise ConfigError(f"cluster-id: {config.cluster_id} is not in 0..255")
+    if not _CLUSTER.fullmatch(config.cluster_name):
+        raise ConfigError(f"cluster-name: {config.cluster_name!r} must be up to 32 lower case letters, digits and -")
+    if not 1 <= config.tunnel_port <= 65535:
+        raise ConfigError(f"tunnel-port: {config.tunnel_port} is not in 1..65535")
+    for what, versions in (
+        ("node-ips", [a.version for a in config.node_ips]),
+        ("pod-cidrs", [c.version for c in config.pod_cidrs]),
+    ):
+        if len(versions) != len(set(versions)):
+            raise ConfigError(f"{what}: more than one of a family")
+    for version, on in ((4, config.ipv4), (6, config.ipv6)):
+        if on and not any(c.version == version for c in config.pod_cidrs):
+            raise ConfigError(f"pod-cidrs: no IPv{version} range, though ipv{version} is on")

@@ -1,0 +1,96 @@
+"""``ciliated``: the agent's process."""
+
+import asyncio
+import contextlib
+import signal
+import sys
+
+import structlog
+
+from ciliate.daemon.agent import Agent
+from ciliate.daemon.api import Unknown, application, listen, serve
+from ciliate.daemon.config import AgentConfig, ConfigError, arguments
+from ciliate.daemon.tables import TABLES, table_rows
+from ciliate.daemon.wiring import AgentWiring
+
+log = structlog.get_logger()
+
+
+def main() -> None:
+    """Run the agent until SIGTERM or SIGINT. Exit code 2: bad configuration, 1: it could not start or failed."""
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+    )
+    try:
+        config = arguments()
+    except ConfigError as error:
+        print(f"ciliated: {error}", file=sys.stderr)
+        sys.exit(2)
+    try:
+        asyncio.run(_run(config))
+    except Exception as error:
+        log.exception("agent-failed")
+        print(f"ciliated: {_innermost(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _innermost(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+async def _run(config: AgentConfig) -> None:
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, task.cancel)
+    agent = Agent(config)
+    await asyncio.to_thread(agent.open)
+    try:
+        agent.restore()
+        with contextlib.suppress(asyncio.CancelledError):
+            async with asyncio.TaskGroup() as group:
+                group.create_task(serve(_application(agent), listen(config.socket)))
+                group.create_task(agent.run())
+    finally:
+        agent.datapath.close()
+    log.info("stopped")
+
+
+def _application(agent: Agent):  # type: ignore[no-untyped-def]
+    wiring = AgentWiring(agent)
+
+    def endpoint(wanted: str) -> object:
+        for one in agent.endpoints:
+            if wanted in (str(one.id), one.pod, one.container_id):
+                return agent.endpoint_document(one)
+        raise Unknown(f"no endpoint {wanted}: give an id, NAMESPACE/POD or a container id")
+
+    def table(name: str, limit: int) -> object:
+        if name not in TABLES:
+            raise Unknown(f"no table {name}: there are {', '.join(TABLES)}")
+        return table_rows(agent, name, limit)
+
+    return application(
+        health=agent.health,
+        answers={
+            "status": agent.status,
+            "endpoints": agent.endpoint_documents,
+            "identities": agent.identity_documents,
+            "policies": agent.policies,
+            "nodes": agent.node_documents,
+            "ipcache": lambda: table_rows(agent, "ipcache", 1 << 20),
+        },
+        endpoint=endpoint,
+        table=table,
+        hub=agent.hub,
+        sync=agent.sync,
+        cni=wiring.call,
+    )

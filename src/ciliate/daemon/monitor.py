@@ -1,0 +1,188 @@
+"""Events of the datapath and of the proxy as JSON documents, for whoever listens."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import msgspec
+
+from ciliate.daemon.endpoints import EndpointTable
+from ciliate.daemon.ipcache import IpTable
+from ciliate.datapath.conntrack import boot_clock
+from ciliate.datapath.maps import addr_text
+from ciliate.identity.numbers import IdentityId
+from ciliate.identity.selectors import IdentityIndex
+from ciliate.policy.image import RuleRef
+from ciliate.proxy.api import AccessLogEntry
+
+PROTOCOLS: Final[Mapping[int, str]] = {1: "ICMP", 6: "TCP", 17: "UDP", 58: "ICMPv6", 132: "SCTP"}
+_BEHIND: Final = 4096
+"""Documents that one listener may be behind before it loses some."""
+_VERDICTS: Final = ("DROPPED", "ALLOWED", "REDIRECTED", "AUDIT")
+_TYPES: Final = {1: "verdict", 2: "drop", 3: "end"}
+_DENIED: Final = frozenset({"POLICY_DENIED", "POLICY_DENY", "NO_POLICY"})
+_FLAGS: Final = ((1, "FIN"), (2, "SYN"), (4, "RST"), (8, "PSH"), (16, "ACK"))
+_STATES: Final = ("new", "established", "reply", "related")
+
+
+class Hub:
+    """Fans documents out. A slow listener loses documents, and is told how many; it never slows the agent."""
+
+    def __init__(self) -> None:
+        self._listeners: set[asyncio.Queue[bytes]] = set()
+        self._lost: dict[asyncio.Queue[bytes], int] = {}
+
+    @property
+    def heard(self) -> bool:
+        """Whether anybody listens."""
+        return bool(self._listeners)
+
+    @contextmanager
+    def subscription(self) -> Iterator[asyncio.Queue[bytes]]:
+        """A queue of JSON lines, as long as the context lasts."""
+        queue: asyncio.Queue[bytes] = asyncio.Queue(_BEHIND)
+        self._listeners.add(queue)
+        try:
+            yield queue
+        finally:
+            self._listeners.discard(queue)
+            self._lost.pop(queue, None)
+
+    def publish(self, documents: Iterable[Mapping[str, Any]]) -> None:
+        """Hand documents to every listener."""
+        for document in documents:
+            line = msgspec.json.encode(document) + b"\n"
+            for queue in self._listeners:
+                self._offer(queue, line)
+
+    def _offer(self, queue: asyncio.Queue[bytes], line: bytes) -> None:
+        lost = self._lost.get(queue, 0)
+        if lost and queue.qsize() < _BEHIND // 2:
+            queue.put_nowait(msgspec.json.encode({"type": "lost", "count": lost}) + b"\n")
+            self._lost[queue] = lost = 0
+        if lost or queue.full():
+            self._lost[queue] = lost + 1
+        else:
+            queue.put_nowait(line)
+
+
+class Decoder:
+    """Turns event records into documents: numbers become names."""
+
+    def __init__(
+        self,
+        *,
+        node: str,
+        reasons: Mapping[int, str],
+        explain: Callable[[int], tuple[RuleRef, ...]],
+        endpoints: EndpointTable,
+        table: IpTable,
+        identities: IdentityIndex,
+    ) -> None:
+        self._node = node
+        self._reasons = reasons
+        self._explain = explain
+        self._endpoints = endpoints
+        self._table = table
+        self._identities = identities
+
+    def documents(self, records: Any) -> list[dict[str, Any]]:
+        """Return one document for each record of an event array."""
+        boot = time.time_ns() - boot_clock()
+        return [self._document(record, boot) for record in records]
+
+    def _document(self, record: Any, boot: int) -> dict[str, Any]:
+        kind = int(record["type"])
+        reason = self._reasons.get(int(record["reason"]), str(int(record["reason"]))) if record["reason"] else ""
+        verdict = "DENIED" if reason in _DENIED else _VERDICTS[int(record["verdict"]) & 3]
+        protocol = int(record["protocol"])
+        icmp = protocol in (1, 58)
+        egress, ingress = (self._explain(int(number)) for number in record["rule"])
+        direction = "ingress" if int(record["direction"]) else "egress"
+        denying = ingress if direction == "ingress" else egress
+        return {
+            "time": _time(boot + int(record["time"])),
+            "node": self._node,
+            "type": _TYPES.get(kind, str(kind)),
+            "verdict": "ENDED" if kind == 3 else verdict,
+            "reason": reason,
+            "direction": direction,
+            "protocol": PROTOCOLS.get(protocol, str(protocol)),
+            "icmp_type": int(record["sport"]) if icmp else None,
+            "tcp_flags": [name for bit, name in _FLAGS if int(record["tcp_flags"]) & bit],
+            "state": _STATES[int(record["ct_state"]) & 3],
+            "source": self._end(record, 0, 0 if icmp else int(record["sport"])),
+            "destination": self._end(record, 1, 0 if icmp else int(record["dport"])),
+            "rules": [_rule(one) for one in (denying if verdict == "DENIED" else (*egress, *ingress))],
+            "length": int(record["length"]),
+            "packets": int(record["packets"]),
+            "bytes": int(record["bytes"]),
+        }
+
+    def _end(self, record: Any, index: int, port: int) -> dict[str, Any]:
+        address = addr_text(record["daddr" if index else "saddr"].tobytes())
+        return self.end(address, port, int(record["identity"][index]), int(record["endpoint"][index]))
+
+    def end(self, address: str, port: int, identity: int, endpoint: int = 0) -> dict[str, Any]:
+        """Return what is known of one end of a flow."""
+        local = self._endpoints.by_id(endpoint) if endpoint else None
+        row = self._identities.rows.get(IdentityId(identity))
+        return {
+            "address": address,
+            "port": port,
+            "identity": identity,
+            "endpoint": endpoint,
+            "pod": local.pod if local else self._table.name_of(address),
+            "labels": sorted(row.labels) if row else [],
+        }
+
+    def http(self, entry: AccessLogEntry) -> dict[str, Any]:
+        """Return the document of a request that the proxy has judged."""
+        ends = {
+            which: self.end(address, port, self._identity_of(address))
+            for which, address, port in (
+                ("source", entry.source, entry.source_port),
+                ("destination", entry.destination, entry.destination_port),
+            )
+        }
+        return {
+            "time": _time(int(entry.time * 1e9)),
+            "node": self._node,
+            "type": "http",
+            "verdict": {"forwarded": "HTTP_ALLOWED", "denied": "HTTP_DENIED"}.get(entry.verdict, "HTTP_ERROR"),
+            "reason": entry.detail,
+            "direction": "ingress",
+            "protocol": "TCP",
+            "rules": [],
+            "rule_text": entry.rule,
+            "http": {
+                "method": entry.method,
+                "path": entry.path,
+                "host": entry.host,
+                "protocol": entry.protocol,
+                "code": entry.status,
+            },
+            "latency_ms": entry.latency_ms,
+            **ends,
+        }
+
+    def _identity_of(self, address: str) -> int:
+        row = self._table.row(address)
+        return row.identity if row else 0
+
+
+def _time(nanoseconds: int) -> str:
+    return datetime.fromtimestamp(nanoseconds / 1e9, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def _rule(ref: RuleRef) -> dict[str, Any]:
+    return {
+        "kind": ref.kind,
+        "namespace": ref.namespace,
+        "name": ref.name,
+        "section": ref.section,
+        "index": ref.index,
+    }
