@@ -20,7 +20,7 @@ from ciliate.identity.labels import Labels, pod_labels, reserved_labels
 from ciliate.identity.numbers import IdentityId, Reserved
 from ciliate.ipam.pool import HostIpam
 from ciliate.k8s.manifests import Manifests, ObjectKey
-from ciliate.k8s.objects import Namespace, ObjectError, Pod, parse_namespace, parse_pod
+from ciliate.k8s.objects import Namespace, ObjectError, Pod, namespace_of, parse_namespace, parse_pod
 from ciliate.kvstore.addresses import Addresses, IpEntry, NamedPort
 from ciliate.kvstore.identities import IdentityAllocator
 from ciliate.kvstore.nodes import Nodes
@@ -201,11 +201,11 @@ class Agent:
         pod = self.cluster.pods.get((namespace, name))
         if pod is None:
             return None
-        known = self.cluster.namespaces.get(namespace)
+        known = self.cluster.namespaces.get(namespace) or namespace_of(namespace, {})
         labels = pod_labels(
             namespace=namespace,
             labels=pod.labels,
-            namespace_labels=known.labels if known else {},
+            namespace_labels=known.labels,
             service_account=pod.service_account,
             cluster=self.config.cluster_name,
         )

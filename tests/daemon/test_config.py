@@ -1,0 +1,68 @@
+"""The agent's configuration: file and flags, and what is refused."""
+
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+
+import pytest
+
+from ciliate.daemon.config import ConfigError, arguments, build
+
+VALID = {
+    "node_name": "n1",
+    "device": "eth0",
+    "bpffs": "/b",
+    "manifests_dir": "/m",
+    "kvstore_dir": "/k",
+    "node_ips": "172.30.0.1,fd00:30::1",
+    "pod_cidrs": ["10.1.0.0/24", "fd00:10::/64"],
+}
+
+
+def test_values_are_read() -> None:
+    config = build(VALID | {"cluster_id": "7", "masquerade": "false", "map_sizes": "ct=1024,nat=2048"})
+    assert config.node_ips == (ip_address("172.30.0.1"), ip_address("fd00:30::1"))
+    assert config.pod_cidrs == (ip_network("10.1.0.0/24"), ip_network("fd00:10::/64"))
+    assert (config.cluster_id, config.masquerade, config.map_sizes) == (7, False, {"ct": 1024, "nat": 2048})
+    assert config.socket == Path("/run/ciliate/ciliate.sock")
+
+
+def test_a_family_that_is_off_has_no_range() -> None:
+    assert build(VALID | {"ipv6": False}).cidrs() == (ip_network("10.1.0.0/24"),)
+
+
+def test_a_flag_wins_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "agent.yaml"
+    lines = [f"{key.replace('_', '-')}: {value!r}" for key, value in VALID.items()]
+    file.write_text("\n".join([*lines, "cluster-name: blue", "tunnel-port: 1000"]))
+    config = arguments(["--config", str(file), "--tunnel-port", "2000"])
+    assert (config.cluster_name, config.tunnel_port) == ("blue", 2000)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"nodename": "x"}, "unknown option: nodename"),
+        ({"node_name": None}, "not set: node-name"),
+        ({"cluster_id": "256"}, "cluster-id: 256 is not in 0..255"),
+        ({"cluster_name": "Blue"}, "cluster-name"),
+        ({"routing_mode": "bgp"}, "routing-mode: 'bgp' is neither tunnel nor native"),
+        ({"pod_cidrs": "10.1.0.0/24"}, "pod-cidrs: no IPv6 range"),
+        ({"pod_cidrs": "10.1.0.0/33"}, "pod-cidrs: '10.1.0.0/33' is not valid"),
+        ({"node_ips": "10.0.0.1,10.0.0.2"}, "node-ips: more than one of a family"),
+        ({"ipv4": False, "ipv6": False}, "ipv4, ipv6: one of them must be on"),
+        ({"ipv4": "maybe"}, "ipv4: 'maybe' is not valid"),
+        ({"tunnel_port": 0}, "tunnel-port: 0 is not in 1..65535"),
+    ],
+)
+def test_bad_values_name_the_option(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+        build(VALID | change)
+
+
+def test_a_file_that_is_no_yaml(tmp_path: Path) -> None:
+    file = tmp_path / "agent.yaml"
+    file.write_text("a: [")
+    with pytest.raises(ConfigError, match=str(file)):
+        arguments(["--config", str(file)])
+    with pytest.raises(ConfigError, match="No such file"):
+        arguments(["--config", str(tmp_path / "none.yaml")])
