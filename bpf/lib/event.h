@@ -36,7 +36,7 @@ static __noinline int event_send(struct scratch *s, __u8 type, __u8 verdict, __u
 	e->sport = s->p.sport;
 	e->dport = s->p.dport;
 	if (is_icmp(&s->p))
-		e->sport = s->p.icmp_type;
+		e->sport = bpf_htons(s->p.icmp_type);
 	e->protocol = s->p.protocol;
 	e->type = type;
 	e->verdict = verdict;

@@ -358,7 +358,7 @@ struct event {
 	__u64 time;         /* bpf_ktime_get_boot_ns() */
 	union addr saddr;
 	union addr daddr;
-	__be16 sport;       /* ICMP: type in sport's low byte (host order of the wire byte), identifier in dport */
+	__be16 sport;       /* ICMP: the type; the identifier stands in dport */
 	__be16 dport;
 	__u8 protocol;
 	__u8 type;          /* enum event_type */
