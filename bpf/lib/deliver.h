@@ -161,10 +161,10 @@ static __always_inline int encapsulate(struct __sk_buff *skb, struct scratch *s)
 	return bpf_redirect(config_tunnel_ifindex, 0);
 }
 
-/* Out of the underlay device; the neighbour is the stack's business. */
+/* Out of the underlay device; the neighbour is the stack's business. A reply keeps the address that was asked. */
 static __always_inline int send_native(struct __sk_buff *skb, struct scratch *s)
 {
-	if (config_masquerade && s->dest_node != 2) {
+	if (config_masquerade && s->dest_node != 2 && s->ct_state != CT_STATE_REPLY) {
 		int error = nat_out(skb, s);
 
 		if (error)
