@@ -280,7 +280,7 @@ class Agent:
             for key in sorted(found.changed, key=lambda one: (one.kind, one.namespace, one.name)):
                 self._learn(key, found.objects[key])
             self.enforcement.set_policies(self.cluster.policies)
-            await self._identify_all(found.changed | found.removed)
+            await self._identify_all({*found.changed, *found.removed})
             return self.enforcement.request()
 
     def _learn(self, key: ObjectKey, raw: Mapping[str, Any]) -> None:
@@ -494,7 +494,12 @@ class Agent:
             "ifindex": one.ifindex,
             "container_id": one.container_id,
             "state": "ready" if one.ifindex else "creating",
-            "policy": {"egress": egress, "ingress": ingress, "egress_enforced": egress != 0, "ingress_enforced": ingress != 0},
+            "policy": {
+                "egress": egress,
+                "ingress": ingress,
+                "egress_enforced": egress != 0,
+                "ingress_enforced": ingress != 0,
+            },
             "named_ports": [list(port) for port in one.named_ports],
         }
 

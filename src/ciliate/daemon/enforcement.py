@@ -151,7 +151,7 @@ class Enforcement:
 
     def _resolve(self) -> Desired:
         return {
-            EndpointId(one.id): self.engine.resolve(one.label_set, frozenset(map(tuple, one.named_ports)))  # type: ignore[misc]
+            EndpointId(one.id): self.engine.resolve(one.label_set, frozenset(one.named_ports))
             for one in self._endpoints
             if one.identity
         }

@@ -41,9 +41,7 @@ class IpTable:
 
     def rows(self) -> dict[Any, IpcacheRow]:
         """Return the rows that the datapath must hold, by prefix."""
-        found: dict[Any, IpcacheRow] = {
-            network: IpcacheRow(identity=number) for network, number in self.cidrs.items()
-        }
+        found: dict[Any, IpcacheRow] = {network: IpcacheRow(identity=number) for network, number in self.cidrs.items()}
         for node in self.nodes.values():
             found |= {host_prefix(address): node_row(node) for address in node.addresses}
         found |= {host_prefix(ip_address(text)): pod_row(one) for text, one in self.pods.items()}

@@ -75,7 +75,8 @@ def _policies(agent: Agent, limit: int) -> Rows:
 def _classes(agent: Agent, limit: int) -> Rows:
     rows: Iterable[dict[str, Any]] = list_rows(agent.datapath.map)
     return [
-        row | {"protocol": PROTOCOLS.get(row["protocol"], row["protocol"] or "any"), "rules": _rules(agent, row["rule"])}
+        row
+        | {"protocol": PROTOCOLS.get(row["protocol"], row["protocol"] or "any"), "rules": _rules(agent, row["rule"])}
         for row in islice(rows, limit)
     ]
 

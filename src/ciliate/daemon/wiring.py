@@ -4,8 +4,8 @@ import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ciliate.cni.protocol import Attachment, AttachRequest, Reply, WiringError
 from ciliate.cni.plugin import handle
+from ciliate.cni.protocol import Attachment, AttachRequest, Reply, WiringError
 from ciliate.daemon.api import CniCall
 from ciliate.daemon.endpoints import LocalEndpoint
 from ciliate.datapath.devices import DeviceError, pod_device_name
@@ -83,9 +83,7 @@ class AgentWiring:
             host_device=one.device,
             host_mac=bytes.fromhex(one.gw_mac).hex(":"),
             mtu=self._agent.datapath.pod_mtu,
-            gateways=tuple(
-                config.gateway_v4 if address.version == 4 else config.gateway_v6 for address in one.ips()
-            ),
+            gateways=tuple(config.gateway_v4 if address.version == 4 else config.gateway_v6 for address in one.ips()),
         )
 
     async def delete(self, container_id: str, ifname: str) -> None:

@@ -20,7 +20,9 @@ NAMESPACE_LABELS: Final = "io.cilium.k8s.namespace.labels"
 CLUSTER: Final = "io.cilium.k8s.policy.cluster"
 SERVICE_ACCOUNT: Final = "io.cilium.k8s.policy.serviceaccount"
 
-_INCLUDE: Final = tuple(re.compile(p) for p in (NAMESPACE, NAMESPACE_LABELS, CLUSTER, SERVICE_ACCOUNT, r"app\.kubernetes\.io"))
+_INCLUDE: Final = tuple(
+    re.compile(p) for p in (NAMESPACE, NAMESPACE_LABELS, CLUSTER, SERVICE_ACCOUNT, r"app\.kubernetes\.io")
+)
 _EXCLUDE: Final = tuple(
     re.compile(p)
     for p in (

@@ -41,7 +41,7 @@ class Scope(IntEnum):
     NODE = 4
 
 
-_WORLD = frozenset({Reserved.WORLD, Reserved.WORLD_IPV4, Reserved.WORLD_IPV6})
+_WORLD: Final[frozenset[int]] = frozenset({Reserved.WORLD, Reserved.WORLD_IPV4, Reserved.WORLD_IPV6})
 
 
 def scope_of(identity: IdentityId, cluster_id: int = 0) -> Scope:

@@ -34,9 +34,7 @@ class Requirement:
     def matches(self, labels: Labels) -> bool:
         """Evaluate for one label set: the plain meaning, for what is not indexed."""
         source, _, key = self.key.partition(":")
-        found = {
-            value for one in labels for s, k, value in (split(one),) if k == key and source in (s, "any")
-        }
+        found = {value for one in labels for s, k, value in (split(one),) if k == key and source in (s, "any")}
         match self.operator:
             case Operator.IN:
                 return bool(found & set(self.values))

@@ -82,7 +82,9 @@ class Manifests:
     async def changes(self) -> AsyncIterator[None]:
         """Yield when something in the directory has changed, and once after the watch has begun."""
         started = False
-        async for changes in watchfiles.awatch(self._directory, step=5, debounce=50, rust_timeout=1000, yield_on_timeout=True):
+        async for changes in watchfiles.awatch(
+            self._directory, step=5, debounce=50, rust_timeout=1000, yield_on_timeout=True
+        ):
             if changes or not started:
                 started = True
                 yield None
@@ -106,7 +108,7 @@ def parse_documents(text: str, source: str) -> Iterator[tuple[ObjectKey, Raw]]:
         if source.endswith(".json"):
             documents = [msgspec.json.decode(text)]
         else:
-            documents = [one for one in yaml.load_all(text, Loader=_LOADER) if one is not None]  # noqa: S506
+            documents = [one for one in yaml.load_all(text, Loader=_LOADER) if one is not None]
     except (yaml.YAMLError, msgspec.MsgspecError) as error:
         raise ManifestError(f"{source}: {' '.join(str(error).split())}") from error
     for number, document in enumerate(documents, 1):

@@ -96,7 +96,7 @@ class FileStore:
             if not caught_up:  # what changed between the listing above and the watch
                 self._look(folder, known, batch)
                 now = self.list(prefix)
-                batch |= {key: None for key in known.keys() - now.keys()}
+                batch |= dict.fromkeys(known.keys() - now.keys())
                 known = now
                 caught_up = True
             for _, name in changes:
@@ -107,18 +107,18 @@ class FileStore:
     def _look(self, path: Path, known: dict[str, bytes], batch: dict[str, bytes | None]) -> None:
         key = self._key(path)
         if path.is_dir():
-            for name, value in self.list(key).items():
-                if known.get(name) != value:
-                    batch[name] = known[name] = value
-            return
-        value = self.get(key)
-        if value is None and known.pop(key, None) is not None:
-            batch[key] = None
-        elif value is not None and known.get(key) != value:
-            batch[key] = known[key] = value
+            found: dict[str, bytes] = self.list(key)
+        else:
+            value = self.get(key)
+            found = {key: value} if value is not None else {}
+            if value is None and known.pop(key, None) is not None:
+                batch[key] = None
+        for name, value in found.items():
+            if known.get(name) != value:
+                batch[name] = known[name] = value
 
 
 def _quoted(part: str) -> str:
-    """Return a file name for a key's part: never hidden, never too long."""
+    """Return a file name for a key's part: never a hidden one."""
     name = quote(part, safe=_SAFE)
     return f"%2E{name[1:]}" if name.startswith(".") else name

@@ -65,7 +65,7 @@ class RuleSet:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PortPrefix:
-    """Protocol number (0: any, then port and bits are 0), port (ICMP: type), leading bits of the port that count (0-16)."""
+    """Protocol number (0: any, then port and bits are 0), port (ICMP: type), leading bits of it that count (0-16)."""
 
     protocol: int
     port: int = 0
@@ -91,7 +91,7 @@ class PolicyImage:
     """One direction of a resolved policy.
 
     ``members`` has only the identities whose class differs from their scope's default. A row of a default class also
-    answers for the scope's other classes where they have no row (longest prefix within the class first, then the default's).
+    answers for the scope's other classes where they have no row (first the class's longest prefix, then the default's).
     An absent scope means "no rows": default deny.
     """
 

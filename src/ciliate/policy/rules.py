@@ -39,7 +39,7 @@ Peer = LabelPeer | CidrPeer | EntityPeer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PortSpec:
-    """Protocol number (0: any protocol, then all ports), ports ``low`` to ``high`` or a name; ICMP: the type is the port."""
+    """Protocol number (0: any, then all ports), ports ``low`` to ``high`` or a name; ICMP: the type is the port."""
 
     protocol: int
     low: int = 0
