@@ -8,6 +8,7 @@ from typing import Any
 
 import structlog
 
+from ciliate.cni.conflist import install_conflist, install_plugin
 from ciliate.daemon.cidrs import CidrIdentities
 from ciliate.daemon.config import AgentConfig
 from ciliate.daemon.endpoints import EndpointTable, LocalEndpoint
@@ -171,7 +172,16 @@ class Agent:
         await self.enforcement.enforced(self.enforcement.request())
         self.ready = True
         self._housekeeping.set()
+        await asyncio.to_thread(self._install_cni)
         log.info("ready", seconds=round(time.monotonic() - self.started, 3), endpoints=len(self.endpoints))
+
+    def _install_cni(self) -> None:
+        """Make the runtime use the plugin, from now on: before, it could not wire a pod."""
+        config = self.config
+        if config.cni_bin_dir is not None and config.cni_plugin is not None:
+            install_plugin(config.cni_bin_dir, config.cni_plugin)
+        if config.cni_conf_dir is not None:
+            install_conflist(config.cni_conf_dir, config.socket)
 
     # ---- endpoints --------------------------------------------------------------------------------------------
 

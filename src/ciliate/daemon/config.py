@@ -40,6 +40,7 @@ class AgentConfig:
     tunnel_port: int = 8472
     cni_conf_dir: Path | None = None
     cni_bin_dir: Path | None = None
+    cni_plugin: Path | None = None
     map_sizes: Mapping[str, int]
 
     @property
@@ -79,7 +80,8 @@ _HELP: Final[Mapping[str, str]] = {
     "masquerade": "pods leave the cluster with the node's address (default: true)",
     "tunnel_port": "UDP port of the overlay (default: 8472)",
     "cni_conf_dir": "install the CNI configuration here once the agent is ready",
-    "cni_bin_dir": "install the CNI plugin here",
+    "cni_bin_dir": "install the CNI plugin here, from --cni-plugin",
+    "cni_plugin": "the plugin's executable, ciliate-cni",
     "map_sizes": "rows of BPF maps by name, for example ct=65536,nat=65536",
 }
 _TYPES: Final = {field.name: field.type for field in fields(AgentConfig)}
@@ -166,6 +168,8 @@ def _check(config: AgentConfig) -> None:
         raise ConfigError(f"cluster-id: {config.cluster_id} is not in 0..255")
     if not _CLUSTER.fullmatch(config.cluster_name):
         raise ConfigError(f"cluster-name: {config.cluster_name!r} must be up to 32 lower case letters, digits and -")
+    if config.cni_bin_dir is not None and (config.cni_plugin is None or not config.cni_plugin.is_file()):
+        raise ConfigError("cni-plugin: must be the path of ciliate-cni, because cni-bin-dir is set")
     if not 1 <= config.tunnel_port <= 65535:
         raise ConfigError(f"tunnel-port: {config.tunnel_port} is not in 1..65535")
     for what, versions in (

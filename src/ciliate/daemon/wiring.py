@@ -4,7 +4,7 @@ import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ciliate.cni.plugin import handle
+from ciliate.cni.plugin import Plugin
 from ciliate.cni.protocol import Attachment, AttachRequest, Reply, WiringError
 from ciliate.daemon.api import CniCall
 from ciliate.daemon.endpoints import LocalEndpoint
@@ -21,10 +21,11 @@ class AgentWiring:
 
     def __init__(self, agent: "Agent") -> None:
         self._agent = agent
+        self._plugin = Plugin(self)
 
     async def call(self, call: CniCall) -> Reply:
         """Answer a relayed call of the plugin."""
-        return await handle(call.env, call.stdin, self)
+        return await self._plugin.handle(call.env, call.stdin)
 
     async def add(self, request: AttachRequest) -> Attachment:
         """Wire an interface; a second call answers the same. Error: WiringError, and nothing is left behind."""
@@ -110,6 +111,11 @@ class AgentWiring:
         if one.id not in rows:
             problems.append(f"endpoint {one.id} has no row in the datapath")
         return problems
+
+    async def attachment(self, container_id: str, ifname: str) -> Attachment | None:
+        """Return a wired interface, None: it is not."""
+        one = self._agent.endpoints.get(container_id, ifname)
+        return self._attachment(one) if one is not None and one.ifindex else None
 
     async def gc(self, valid: set[tuple[str, str]]) -> list[str]:
         """Take away every interface that the runtime does not name; return whose they were."""
