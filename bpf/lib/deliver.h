@@ -121,9 +121,9 @@ static __always_inline struct scratch *start(struct __sk_buff *skb, __u8 observa
 	s->in_tunnel = 0;
 	s->l7 = 0;
 	s->rule[DIR_EGRESS] = s->rule[DIR_INGRESS] = 0;
+	/* What a drop before or in the parser reports: not the packet that was here before. */
+	__builtin_memset(&s->p, 0, offsetof(struct pkt, l3));
 	s->p.length = skb->len;
-	s->p.protocol = 0;
-	s->p.family = 0;
 	return s;
 }
 
