@@ -1,0 +1,241 @@
+"""What the lab's commands do: up, apply, delete, agent, down."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+from ciliate.client import AgentClient, AgentError
+from ciliate.k8s.manifests import ObjectKey, Raw
+from ciliate.lab import agents, fabric, netns, pods, state
+from ciliate.lab.objects import Change, Plan, Store, kind_of, plan, text_of
+from ciliate.lab.state import PodFile
+from ciliate.lab.topology import LabError, LabNode, Topology, netns_prefix
+
+Say = Callable[[str], None]
+_AT_ONCE: Final = 8
+"""Pods or nodes worked on at the same time."""
+_KNOWN: Final = 30.0
+"""Seconds for a new pod's address to be known on every node."""
+
+
+def store(topology: Topology) -> Store:
+    """Return the cluster's objects."""
+    return Store(topology.directory / "manifests")
+
+
+def client(topology: Topology, node: str) -> AgentClient:
+    """Return a node's agent."""
+    return AgentClient(topology.socket(node))
+
+
+def up(topology: Topology, wanted: Mapping[ObjectKey, Raw], say: Say) -> dict[ObjectKey, Change]:
+    """Bring a cluster up with objects in it; on an error nothing is left of it. Error: LabError."""
+    if os.geteuid():
+        raise LabError("the lab makes network namespaces and loads BPF programs: run it as root")
+    agents.program("ciliated"), pods.relay()
+    with state.locked(topology.cluster):
+        if (topology.directory / "cluster.json").exists():
+            raise LabError(f"cluster {topology.cluster}: it is up already; `ciliate lab down` ends it")
+        plan({}, wanted, (), [one.name for one in topology.nodes])
+        _clear(topology.cluster)
+        try:
+            state.save_topology(topology, ready=False)
+            say("network")
+            fabric.build(topology)
+            say("agents")
+            _each(topology.nodes, lambda node: _start_node(topology, node))
+            changes = _apply(topology, wanted, (), say) if wanted else {}
+            state.save_topology(topology, ready=True)
+        except BaseException:
+            _clear(topology.cluster)
+            raise
+    return changes
+
+
+def _start_node(topology: Topology, node: LabNode) -> None:
+    agents.prepare(topology, node)
+    agents.start(topology, node)
+    agents.wait_ready(topology, node.name)
+
+
+def _each(items: Iterable[Any], call: Callable[[Any], Any]) -> list[Any]:
+    """Call for all items, some at once; return the results. The first error is raised after all have ended."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        futures = [pool.submit(call, item) for item in items]
+    return [future.result() for future in futures]
+
+
+# ---- objects -------------------------------------------------------------------------------------------------------
+
+
+def apply(topology: Topology, wanted: Mapping[ObjectKey, Raw], say: Say) -> dict[ObjectKey, Change]:
+    """Make objects so; return when every node enforces them. Invalid objects change nothing. Error: LabError."""
+    with state.locked(topology.cluster):
+        return _apply(topology, wanted, (), say)
+
+
+def delete(topology: Topology, keys: Sequence[ObjectKey], say: Say) -> dict[ObjectKey, Change]:
+    """Take objects away; return when no node enforces them any more. Error: LabError."""
+    with state.locked(topology.cluster):
+        present = store(topology).load()
+        for key in keys:
+            if key not in present:
+                raise LabError(f"{text_of(key)}: not found")
+        return _apply(topology, {}, keys, say)
+
+
+def _apply(
+    topology: Topology, wanted: Mapping[ObjectKey, Raw], deleted: Iterable[ObjectKey], say: Say
+) -> dict[ObjectKey, Change]:
+    objects = store(topology)
+    present = objects.load()
+    todo = plan(present, wanted, deleted, [one.name for one in topology.nodes])
+    say("policies")
+    objects.change({key: todo.objects[key] for key in todo.write}, todo.remove)
+    if rejected := sync(topology):
+        objects.change({key: present[key] for key in todo.write if key in present} | _restored(present, todo),
+                       [key for key in todo.write if key not in present])  # fmt: skip
+        sync(topology)
+        raise LabError("; ".join(rejected))
+    known = state.pods(topology)
+    say("pods")
+    _each([known[key.namespace, key.name] for key in todo.stop if (key.namespace, key.name) in known],
+          lambda pod: pods.stop(topology, pod))  # fmt: skip
+    missing = [key for key in todo.objects if key.kind == "Pod" and not _started(known, key)]
+    start = sorted({*todo.start, *missing})
+    started = _each(start, lambda key: pods.start(topology, key, todo.objects[key]))
+    _wait_known(topology, started)
+    _each(zip(start, started, strict=True), lambda one: pods.wait_ready(topology, one[0], todo.objects[one[0]], one[1]))
+    return dict(todo.changes)
+
+
+def _restored(present: Mapping[ObjectKey, Raw], todo: Plan) -> dict[ObjectKey, Raw]:
+    return {key: present[key] for key in todo.remove}
+
+
+def _started(known: Mapping[tuple[str, str], PodFile], key: ObjectKey) -> bool:
+    """Whether a pod is there; one that failed to start has no file, so that the next command tries again."""
+    return (key.namespace, key.name) in known
+
+
+def sync(topology: Topology) -> list[str]:
+    """Return when every node enforces what the objects say: what they rejected. Error: LabError (no answer)."""
+
+    def ask(node: LabNode) -> list[str]:
+        try:
+            answer = client(topology, node.name).post("sync")
+        except AgentError as error:
+            raise LabError(
+                f"node {node.name}: {error}; it will enforce the objects once it runs: "
+                f"`ciliate lab agent start {node.name}`"
+            ) from error
+        listed = [one for one in answer.get("objects", ()) if one.get("state") != "enforced"]
+        return [f"{one['kind']} {one['namespace']}/{one['name']} on {node.name}: {one['message']}" for one in listed]
+
+    return [line for lines in _each(topology.nodes, ask) for line in lines]
+
+
+def _wait_known(topology: Topology, fresh: Sequence[PodFile]) -> None:
+    """Return once every node knows the identity of every new pod's addresses. Error: LabError."""
+    wanted = {address for pod in fresh for address in pod.addresses}
+    if not wanted:
+        return
+    for node in topology.nodes:
+        missing = wanted
+        for _ in _ticks(_KNOWN):
+            rows = client(topology, node.name).get("ipcache")
+            missing = wanted - {str(row["prefix"]).partition("/")[0] for row in rows}
+            if not missing:
+                break
+        if missing:
+            raise LabError(f"node {node.name}: it has not heard of {', '.join(sorted(missing))} in {_KNOWN:g} s; "
+                           f"see `ciliate lab logs {node.name}`")  # fmt: skip
+
+
+def _ticks(seconds: float) -> Iterator[None]:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        yield
+        time.sleep(0.02)
+
+
+# ---- agents --------------------------------------------------------------------------------------------------------
+
+
+def stop_agent(topology: Topology, nodes: Iterable[str], signal_text: str = "TERM") -> list[str]:
+    """End agents; return those that ran. The datapath and the proxy stay. Error: LabError."""
+    number = pods.signal_number(signal_text)
+    return [node for node in nodes if agents.stop(topology, node, number=number)]
+
+
+def start_agent(topology: Topology, nodes: Iterable[str]) -> None:
+    """Start agents and return when they are ready. Error: LabError."""
+    wanted = [topology.node(name) for name in nodes]
+    for node in wanted:
+        agents.start(topology, node)
+    _each(wanted, lambda node: agents.wait_ready(topology, node.name))
+
+
+# ---- namespaces by name --------------------------------------------------------------------------------------------
+
+
+def netns_of(topology: Topology, name: str, namespace: str) -> str:
+    """Return the namespace of a pod, of ``node/NAME`` or of ``outside``. Error: LabError."""
+    if name.startswith("node/"):
+        return topology.node(name.removeprefix("node/")).netns
+    pod = state.pods(topology).get((namespace, name.removeprefix("pod/")))
+    if pod is not None:
+        return pod.netns
+    if name == "outside":
+        return topology.outside
+    raise LabError(f"pod {namespace}/{name}: not found; see `ciliate lab get pods`")
+
+
+def key_of(text: str, namespace: str) -> ObjectKey:
+    """Return what ``KIND/NAME`` names. Error: LabError."""
+    word, slash, name = text.partition("/")
+    if not slash or not name:
+        raise LabError(f"{text}: give KIND/NAME, for example pod/api-1")
+    kind = kind_of(word)
+    wide = kind in ("Namespace", "Node", "CiliumClusterwideNetworkPolicy")
+    return ObjectKey(kind, "" if wide else namespace, name)
+
+
+# ---- down ----------------------------------------------------------------------------------------------------------
+
+
+def down(cluster: str) -> bool:
+    """Take everything of a cluster away, also what a crash has left; return whether there was any. Error: LabError."""
+    Topology(cluster=cluster)
+    with state.locked(cluster):
+        return _clear(cluster)
+
+
+def _clear(cluster: str) -> bool:
+    directory = Topology(cluster=cluster).directory
+    found = netns.names(netns_prefix(cluster))
+    # Nodes and fabric last: a pod's processes may still talk while they end.
+    found.sort(key=lambda name: (".pod." not in name, name.endswith(".fabric")))
+    inner = [name for name in found if ".pod." in name]
+    _each(inner, netns.remove)
+    for name in found:
+        netns.remove(name)
+    there = directory.exists()
+    for bpffs in directory.glob("nodes/*/bpf"):
+        _unmount(bpffs)
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(directory)
+    return bool(found) or there
+
+
+def _unmount(path: Path) -> None:
+    while os.path.ismount(path):
+        done = subprocess.run(["umount", str(path)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise LabError(f"{path}: {done.stderr.strip()}")
