@@ -45,15 +45,17 @@ def _replace(path: Path, content: bytes, mode: int) -> None:
         raise
 
 
-def install(
-    conf_dir: Path, bin_dir: Path, relay: Path, *, agent_socket: Path, agent_timeout: int | None = None
-) -> None:
-    """Install relay and configuration, in this order: a runtime that reads the latter finds the former. Error: OSError.
-
-    Call it when the agent is ready: the configuration is what tells a runtime that the node has a network.
-    """
+def install_plugin(bin_dir: Path, plugin: Path) -> None:
+    """Install the relay. Error: OSError."""
     bin_dir.mkdir(parents=True, exist_ok=True)
+    _replace(bin_dir / RELAY, plugin.read_bytes(), 0o755)
+
+
+def install_conflist(conf_dir: Path, agent_socket: Path, agent_timeout: int | None = None) -> None:
+    """Install the configuration; ``agent_timeout`` in seconds. Error: OSError.
+
+    Call it after ``install_plugin``, and when the agent is ready: by this file a runtime knows the network.
+    """
     conf_dir.mkdir(parents=True, exist_ok=True)
-    _replace(bin_dir / RELAY, relay.read_bytes(), 0o755)
     text = render_conflist(agent_socket=agent_socket, agent_timeout=agent_timeout)
     _replace(conf_dir / CONFLIST, text.encode(), 0o644)

@@ -93,7 +93,7 @@ def _valid_ifname(name: str) -> bool:
     return fits and not any(c in "/:" or c.isspace() or not c.isprintable() for c in name)
 
 
-def request(env: Mapping[str, str], *, need_netns: bool, expected: tuple[Address, ...] = ()) -> AttachRequest:
+def request(env: Mapping[str, str], *, need_netns: bool) -> AttachRequest:
     """Return what the environment asks for. A container that is no pod has its id as name. Error: CniError 4."""
     container_id, ifname, netns = (env.get(f"CNI_{key}", "") for key in ("CONTAINERID", "IFNAME", "NETNS"))
     if not _IDENTIFIER.fullmatch(container_id):
@@ -110,7 +110,6 @@ def request(env: Mapping[str, str], *, need_netns: bool, expected: tuple[Address
         pod_namespace=args.get("K8S_POD_NAMESPACE") or "default",
         pod_name=args.get("K8S_POD_NAME") or container_id,
         pod_uid=args.get("K8S_POD_UID", ""),
-        expected=expected,
     )
 
 

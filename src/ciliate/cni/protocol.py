@@ -43,7 +43,7 @@ class WiringError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttachRequest:
-    """An interface that a runtime wants. ``expected``: addresses that it was told of before (CHECK only)."""
+    """An interface that a runtime wants."""
 
     container_id: str
     netns: str
@@ -51,7 +51,6 @@ class AttachRequest:
     pod_namespace: str
     pod_name: str
     pod_uid: str = ""
-    expected: tuple[Address, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +86,10 @@ class Wiring(Protocol):
 
     async def check(self, request: AttachRequest) -> list[str]:
         """Return what is wrong with an interface."""
+        ...
+
+    async def attachment(self, container_id: str, ifname: str) -> Attachment | None:
+        """Return a wired interface, None: it is not."""
         ...
 
     async def gc(self, valid: set[tuple[str, str]]) -> list[str]:
