@@ -9,7 +9,11 @@ from typing import Any
 from urllib.parse import quote
 
 
-class AgentError(Exception):
+class UserError(Exception):
+    """What is shown to a user in one line: what is wrong, with which object, and what to do about it."""
+
+
+class AgentError(UserError):
     """The agent does not answer, or answers with an error; the message names the socket and what to do."""
 
 

@@ -12,6 +12,8 @@ from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6
 from pathlib import Path
 from typing import Final, Literal
 
+from ciliate.client import UserError
+
 MAX_NODES: Final = 200
 STATE: Final = Path("/run/ciliate-lab")
 NETNS: Final = Path("/run/netns")
@@ -31,7 +33,7 @@ Network = IPv4Network | IPv6Network
 Interface = IPv4Interface | IPv6Interface
 
 
-class LabError(Exception):
+class LabError(UserError):
     """What the lab cannot do; the message names the object and what to do about it."""
 
 
