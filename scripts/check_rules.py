@@ -1,4 +1,4 @@
-"""Rules of the project that no linter knows: ``python scripts/check_rules.py`` exits 1, with a line for each broken one.
+"""Rules of the project that no linter knows: ``python scripts/check_rules.py`` exits 1, a line for each broken one.
 
 Each rule has an id, which stands in the message; docs/how-to/contribute.md says why the rule is there.
 """
