@@ -18,7 +18,7 @@ from ciliate.daemon.monitor import Decoder, Hub
 from ciliate.datapath.endpoints import EndpointId, EndpointRow
 from ciliate.datapath.node import Datapath, DatapathConfig
 from ciliate.identity.labels import Labels, pod_labels, reserved_labels
-from ciliate.identity.numbers import IdentityId, Reserved
+from ciliate.identity.numbers import ALLOCATED_MIN, IdentityId, Reserved
 from ciliate.ipam.pool import HostIpam
 from ciliate.k8s.manifests import Manifests, ObjectKey
 from ciliate.k8s.objects import Namespace, ObjectError, Pod, namespace_of, parse_namespace, parse_pod
@@ -134,13 +134,14 @@ class Agent:
             identities=self.engine.identities,
         )
 
-    def restore(self) -> None:
+    async def restore(self) -> None:
         """Take over the endpoints of a former agent: those whose interface is still there. Errors: OSError."""
+        self.identities.restore(one.label_set for one in self.endpoints if one.identity >= ALLOCATED_MIN)
         for one in self.endpoints:
             device = self.datapath.pod_interface(one.device)
             if device is None or device.ifindex != one.ifindex:
                 log.info("endpoint-gone", endpoint=one.id, pod=one.pod)
-                self.release(one)
+                await self.release(one)
                 continue
             self.engine.identities.add(one.identity_id, one.label_set)
             self.table.pods |= self._rows(one)
@@ -167,7 +168,6 @@ class Agent:
         self.waiting.discard(source)
         if self.waiting:
             return
-        self.identities.restore(one.label_set for one in self.endpoints)
         self.enforcement.complete = True
         await self.enforcement.enforced(self.enforcement.request())
         self.ready = True
@@ -222,12 +222,17 @@ class Agent:
         return labels, pod.named_ports
 
     async def identify(self, one: LocalEndpoint) -> bool:
-        """Give an endpoint the identity of its labels; return whether it changed. A pod nobody knows is ``init``."""
+        """Give an endpoint the identity of its labels; return whether it changed.
+
+        A pod that nobody has named yet is ``init``; one that is named no more ends as what it was.
+        """
         found = self.labels_of(one.namespace, one.name)
+        if found is None and one.identity:
+            return False
         labels, ports = found or (reserved_labels()[IdentityId(Reserved.INIT)], frozenset())
         if one.identity and labels == one.label_set and sorted(ports) == one.named_ports:
             return False
-        former = one.label_set if one.identity >= 256 else None
+        former = one.label_set if one.identity >= ALLOCATED_MIN else None
         if found is None:
             number = IdentityId(Reserved.INIT)
         elif labels == one.label_set and one.identity:
@@ -262,21 +267,22 @@ class Agent:
             )
             self.addresses.publish(entry)
 
-    def release(self, one: LocalEndpoint) -> None:
-        """Give back everything an endpoint has. Blocking; idempotent."""
+    async def release(self, one: LocalEndpoint) -> None:
+        """Give back everything an endpoint has; idempotent. The runtime may ask again if it fails: OSError."""
+        await asyncio.to_thread(self._withdraw, one)
+        for address in one.addresses:
+            self.table.pods.pop(address, None)
+        self.ipam.release(one.owner)
+        self.endpoints.remove(one)
+        self.enforcement.request()
+        self._housekeeping.set()
+
+    def _withdraw(self, one: LocalEndpoint) -> None:
         self.datapath.unwire_endpoint(one.device, EndpointId(one.id))
         for address in one.addresses:
             self.addresses.withdraw(address, self._host())
-            self.table.pods.pop(address, None)
-        self.ipam.release(one.owner)
-        if one.identity >= 256:
+        if one.identity >= ALLOCATED_MIN and self.endpoints.get(*one.key) is not None:
             self.identities.release(one.label_set)
-        self.endpoints.remove(one)
-
-    def released(self) -> None:
-        """After ``release``: let the maps forget."""
-        self.enforcement.request()
-        self._housekeeping.set()
 
     # ---- manifests --------------------------------------------------------------------------------------------
 

@@ -1,6 +1,5 @@
 """The pods of this node, as the agent knows them; kept in a file, because the runtime does not tell them again."""
 
-import os
 from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
@@ -122,11 +121,8 @@ class EndpointTable:
         self.save()
 
     def save(self) -> None:
-        """Write the file in one step. Error: OSError."""
+        """Write the file in one step; it need not outlive the machine, as no pod does. Error: OSError."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         fresh = self._path.with_suffix(".new")
-        with fresh.open("wb") as file:
-            file.write(msgspec.json.encode(_File(next_id=self._next, endpoints=list(self._rows.values()))))
-            file.flush()
-            os.fsync(file.fileno())
+        fresh.write_bytes(msgspec.json.encode(_File(next_id=self._next, endpoints=list(self._rows.values()))))
         fresh.replace(self._path)

@@ -54,7 +54,7 @@ async def _run(config: AgentConfig) -> None:
     agent = Agent(config)
     await asyncio.to_thread(agent.open)
     try:
-        agent.restore()
+        await agent.restore()
         with contextlib.suppress(asyncio.CancelledError):
             async with asyncio.TaskGroup() as group:
                 group.create_task(serve(_application(agent), listen(config.socket)))

@@ -1,6 +1,5 @@
 """What the CNI plugin's logic asks of the agent: wire a pod's interface, take it away, look whether it is whole."""
 
-import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,8 +37,7 @@ class AgentWiring:
         try:
             await self._wire(one)
         except (OSError, NetlinkError, DeviceError) as error:
-            await asyncio.to_thread(agent.release, one)
-            agent.released()
+            await agent.release(one)
             raise WiringError(f"pod {one.pod}: {error}") from error
         return self._attachment(one)
 
@@ -92,8 +90,7 @@ class AgentWiring:
         agent = self._agent
         one = agent.endpoints.get(container_id, ifname)
         if one is not None:
-            await asyncio.to_thread(agent.release, one)
-            agent.released()
+            await agent.release(one)
 
     async def check(self, request: AttachRequest) -> list[str]:
         """Return what is wrong with an interface."""
