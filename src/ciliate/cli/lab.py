@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ciliate.cli.output import GetOutput, emit_json, emit_yaml, table
+from ciliate.cli.target import ClusterOption
 from ciliate.client import UserError
 
 lab = typer.Typer(help="A cluster on this machine, with nothing but the kernel.", no_args_is_help=True)
@@ -106,12 +107,12 @@ def _report(changes: Any, elapsed: float | None) -> None:
 
 
 @lab.command()
-def apply(files: Files, cluster: Cluster = DEFAULT) -> None:
+def apply(files: Files, cluster: ClusterOption = None) -> None:
     """Create or change objects; returns when every node enforces them. An invalid object changes nothing."""
     from ciliate.lab import cluster as work
-    from ciliate.lab.state import load_topology
+    from ciliate.lab.state import find_topology
 
-    topology, wanted = load_topology(cluster), _objects(files)
+    topology, wanted = find_topology(cluster), _objects(files)
     began = time.perf_counter()
     changes = work.apply(topology, wanted, lambda _: None)
     _report(changes, time.perf_counter() - began)
@@ -122,16 +123,16 @@ def delete(
     names: Annotated[list[str] | None, typer.Argument(metavar="[KIND/NAME]...", help="For example pod/api-1.")] = None,
     files: Annotated[list[Path] | None, typer.Option("--filename", "-f", help="What is in these.")] = None,
     namespace: Namespace = "default",
-    cluster: Cluster = DEFAULT,
+    cluster: ClusterOption = None,
 ) -> None:
     """Take objects away; returns when no node enforces them any more."""
     from ciliate.lab import cluster as work
-    from ciliate.lab.state import load_topology
+    from ciliate.lab.state import find_topology
 
     keys = [work.key_of(name, namespace) for name in names or ()] + list(_objects(files))
     if not keys:
         raise typer.BadParameter("give KIND/NAME or -f FILE")
-    topology = load_topology(cluster)
+    topology = find_topology(cluster)
     began = time.perf_counter()
     changes = work.delete(topology, keys, lambda _: None)
     _report(changes, time.perf_counter() - began)
@@ -142,14 +143,14 @@ def execute(
     pod: Annotated[str, typer.Argument(metavar="POD", help="A pod, node/NAME, or outside.")],
     command: Annotated[list[str], typer.Argument(metavar="-- CMD...")],
     namespace: Namespace = "default",
-    cluster: Cluster = DEFAULT,
+    cluster: ClusterOption = None,
 ) -> None:
     """Run a command in a pod's network namespace; its exit code and output pass through.
 
     node/NAME is a node's namespace, outside the one that plays the world beyond the cluster.
     """
     from ciliate.lab import cluster as work
-    from ciliate.lab.state import load_topology
+    from ciliate.lab.state import find_topology
 
     if command[0] == "--":
         command = command[1:]
@@ -157,7 +158,7 @@ def execute(
         raise typer.BadParameter("give a command after --")
     if "/" in pod and not pod.startswith(("node/", "pod/")):
         namespace, _, pod = pod.partition("/")
-    netns = work.netns_of(load_topology(cluster), pod, namespace)
+    netns = work.netns_of(find_topology(cluster), pod, namespace)
     sys.stdout.flush()
     try:
         os.execvp("ip", ["ip", "netns", "exec", netns, *command])
@@ -171,13 +172,13 @@ def get(
     name: Annotated[str | None, typer.Argument()] = None,
     namespace: Annotated[str | None, typer.Option("--namespace", "-n", help="Only this one.")] = None,
     output: Annotated[GetOutput, typer.Option("--output", "-o", help="How to print it.")] = GetOutput.table,
-    cluster: Cluster = DEFAULT,
+    cluster: ClusterOption = None,
 ) -> None:
     """Show objects; pods with their status."""
     from ciliate.lab import view
-    from ciliate.lab.state import load_topology
+    from ciliate.lab.state import find_topology
 
-    documents = view.documents(load_topology(cluster), kind, name, namespace)
+    documents = view.documents(find_topology(cluster), kind, name, namespace)
     if output in (GetOutput.json, GetOutput.yaml):
         document = documents[0] if name else {"apiVersion": "v1", "kind": "List", "items": documents}
         (emit_json if output is GetOutput.json else emit_yaml)(document)
@@ -197,13 +198,13 @@ def logs(
     proxy: Annotated[bool, typer.Option("--proxy", help="The node's proxy, not its agent.")] = False,
     follow: Annotated[bool, typer.Option("--follow", "-F", help="Go on as it grows.")] = False,
     tail: Annotated[int, typer.Option("--tail", min=0, help="So many lines of the end; 0: all.")] = 0,
-    cluster: Cluster = DEFAULT,
+    cluster: ClusterOption = None,
 ) -> None:
     """Show what a pod or a node's agent has written."""
     from ciliate.lab import view
-    from ciliate.lab.state import load_topology
+    from ciliate.lab.state import find_topology
 
-    path = view.log_of(load_topology(cluster), name, namespace, container, proxy=proxy)
+    path = view.log_of(find_topology(cluster), name, namespace, container, proxy=proxy)
     sys.stdout.flush()
     os.execvp("tail", ["tail", "-n", str(tail) if tail else "+1", *(["-F"] if follow else []), str(path)])
 
@@ -217,39 +218,39 @@ def _nodes(topology: Any, node: str | None) -> list[str]:
 
 
 @agent_app.command("stop")
-def agent_stop(node: NodeArgument = None, signal: SignalOption = "TERM", cluster: Cluster = DEFAULT) -> None:
+def agent_stop(node: NodeArgument = None, signal: SignalOption = "TERM", cluster: ClusterOption = None) -> None:
     """End agents; returns when they are gone. Pods keep their network and their policies."""
     from ciliate.lab import cluster as work
-    from ciliate.lab.state import load_topology, locked
+    from ciliate.lab.state import find_topology, locked
 
-    topology = load_topology(cluster)
-    with locked(cluster):
+    topology = find_topology(cluster)
+    with locked(topology.cluster):
         for name in work.stop_agent(topology, _nodes(topology, node), signal):
             print(f"agent of {name} stopped")
 
 
 @agent_app.command("start")
-def agent_start(node: NodeArgument = None, cluster: Cluster = DEFAULT) -> None:
+def agent_start(node: NodeArgument = None, cluster: ClusterOption = None) -> None:
     """Start agents that do not run; returns when they are ready."""
     from ciliate.lab import cluster as work
-    from ciliate.lab.state import load_topology, locked
+    from ciliate.lab.state import find_topology, locked
 
-    topology = load_topology(cluster)
+    topology = find_topology(cluster)
     began = time.perf_counter()
-    with locked(cluster):
+    with locked(topology.cluster):
         work.start_agent(topology, _nodes(topology, node))
     print(f"agents ready after {time.perf_counter() - began:.2f} s")
 
 
 @agent_app.command("restart")
-def agent_restart(node: NodeArgument = None, signal: SignalOption = "TERM", cluster: Cluster = DEFAULT) -> None:
+def agent_restart(node: NodeArgument = None, signal: SignalOption = "TERM", cluster: ClusterOption = None) -> None:
     """End agents and start them again; returns when they are ready."""
     from ciliate.lab import cluster as work
-    from ciliate.lab.state import load_topology, locked
+    from ciliate.lab.state import find_topology, locked
 
-    topology = load_topology(cluster)
+    topology = find_topology(cluster)
     began = time.perf_counter()
-    with locked(cluster):
+    with locked(topology.cluster):
         work.stop_agent(topology, _nodes(topology, node), signal)
         work.start_agent(topology, _nodes(topology, node))
     print(f"agents ready after {time.perf_counter() - began:.2f} s")

@@ -66,7 +66,7 @@ def reason_text(event: Event) -> str:
         rules.append(str(event["rule_text"]))
     if verdict_class(event) in ("allowed", "redirected"):
         return ", ".join(rules) or ("no policy selects it" if event.get("type") == "verdict" else reason)
-    by = ", ".join(rules)
+    by = ", ".join(rule.removesuffix(" default") for rule in rules)
     if reason == "POLICY_DENIED" and by:
         return f"{reason}: default deny by {by}"
     return f"{reason}: {by}" if reason and by else reason or by

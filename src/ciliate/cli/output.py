@@ -38,7 +38,9 @@ def emit_yaml(document: Any) -> None:
 def cell(value: Any) -> str:
     """Return a value as it stands in a table."""
     match value:
-        case None | "" | [] | {}:
+        case None:
+            return "-"
+        case str() | list() | tuple() | dict() if not value:
             return "-"
         case bool():
             return "yes" if value else "no"

@@ -24,19 +24,14 @@ OutputOption = Annotated[Output, typer.Option("--output", "-o", help="How to pri
 
 def lab_sockets(cluster: str | None, node: str | None) -> dict[str, Path]:
     """Return the sockets of a lab's nodes, by name; {} when no lab runs and none was named. Error: UserError."""
-    from ciliate.lab.state import load_topology
-    from ciliate.lab.topology import DEFAULT_CLUSTER, running_clusters
+    from ciliate.lab.state import find_topology
+    from ciliate.lab.topology import running_clusters
 
-    running = running_clusters()
-    if cluster is None:
-        if not running:
-            if node is not None:
-                raise UserError(f"node {node}: no lab is running; start one with `ciliate lab up`, or give --socket")
-            return {}
-        if len(running) > 1 and DEFAULT_CLUSTER not in running:
-            raise UserError(f"clusters {', '.join(running)} are running: name one with --cluster")
-        cluster = DEFAULT_CLUSTER if DEFAULT_CLUSTER in running else running[0]
-    topology = load_topology(cluster)
+    if cluster is None and not running_clusters():
+        if node is not None:
+            raise UserError(f"node {node}: no lab is running; start one with `ciliate lab up`, or give --socket")
+        return {}
+    topology = find_topology(cluster)
     nodes = [topology.node(node)] if node else topology.nodes
     return {one.name: topology.socket(one.name) for one in nodes}
 

@@ -136,7 +136,11 @@ def sync(topology: Topology) -> list[str]:
                 f"`ciliate lab agent start {node.name}`"
             ) from error
         listed = [one for one in answer.get("objects", ()) if one.get("state") != "enforced"]
-        return [f"{one['kind']} {one['namespace']}/{one['name']} on {node.name}: {one['message']}" for one in listed]
+        said: dict[str, list[str]] = {}
+        for one in listed:
+            names = said.setdefault(str(one["message"]), [])
+            names.append(f"{one['kind']} {one['namespace'] + '/' if one['namespace'] else ''}{one['name']}")
+        return [f"node {node.name}: {', '.join(names)}: {message}" for message, names in said.items()]
 
     return [line for lines in _each(topology.nodes, ask) for line in lines]
 

@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 import msgspec
 
 from ciliate.lab.netns import started_at, state_of
-from ciliate.lab.topology import STATE, LabError, Topology
+from ciliate.lab.topology import DEFAULT_CLUSTER, STATE, LabError, Topology, running_clusters
 
 
 class ClusterFile(msgspec.Struct, kw_only=True, frozen=True):
@@ -79,6 +79,16 @@ def load_topology(cluster: str) -> Topology:
     return Topology(
         cluster=file.cluster, size=file.size, ipv4=file.ipv4, ipv6=file.ipv6, routing_mode=file.routing_mode
     )
+
+
+def find_topology(cluster: str | None) -> Topology:
+    """Return the running cluster of a name; without one, ``lab`` or the only one that runs. Error: LabError."""
+    if cluster is None:
+        running = running_clusters()
+        if len(running) > 1 and DEFAULT_CLUSTER not in running:
+            raise LabError(f"clusters {', '.join(running)} are running: name one with --cluster")
+        cluster = running[0] if len(running) == 1 else DEFAULT_CLUSTER
+    return load_topology(cluster)
 
 
 def save_topology(topology: Topology, *, ready: bool) -> None:
