@@ -1,0 +1,69 @@
+"""CNI ADD and DEL against Debian's bridge plugin with host-local addresses."""
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final
+
+from bench.agent import Agent, cni_call, cni_environment, pod_object
+from bench.report import Row, compare
+from bench.space import Netns, scratch
+
+NAME: Final = "CNI ADD + DEL"
+BRIDGE: Final = "/usr/lib/cni/bridge"
+
+
+def names() -> list[str]:
+    """Return the names of the rows."""
+    return [NAME]
+
+
+def _bridge(node: Netns, netns: Path, data: Path) -> Callable[[], float]:
+    ranges = [[{"subnet": "10.88.0.0/20"}]]
+    ipam = {"type": "host-local", "dataDir": str(data), "ranges": ranges, "routes": [{"dst": "0.0.0.0/0"}]}
+    conf = {"cniVersion": "1.0.0", "name": "bench", "type": "bridge", "bridge": "cni0", "isGateway": True, "ipam": ipam}
+
+    def once() -> float:
+        began = time.perf_counter()
+        result = cni_call([BRIDGE], json.dumps(conf), cni_environment("ADD", netns, "peer", "peer"), node)
+        delete = json.dumps(conf | {"prevResult": result})
+        cni_call([BRIDGE], delete, cni_environment("DEL", netns, "peer", "peer"), node)
+        return (time.perf_counter() - began) * 1000
+
+    return once
+
+
+def run(wanted: set[str], rounds: int, progress: Callable[[str], None]) -> list[Row]:
+    """Measure: in each round one ADD and one DEL of each plugin, as processes, as a runtime calls them."""
+    del wanted
+    with ExitStack() as stack:
+        agent = Agent(stack, "cni-node")
+        agent.write("pod", pod_object("ours", "web"))
+        agent.start()
+        pod = Netns(stack, "cni-pod")
+        peer = _bridge(Netns(stack, "cni-peer"), Netns(stack, "cni-peer-pod").path, scratch(stack))
+
+        def ours() -> float:
+            began = time.perf_counter()
+            agent.call("ADD", pod.path, "ours", "ours")
+            agent.call("DEL", pod.path, "ours", "ours")
+            return (time.perf_counter() - began) * 1000
+
+        ours(), peer()
+        pairs = [(ours(), peer()) if number % 2 else (peer(), ours())[::-1] for number in range(2 * rounds)]
+        progress(f"cni: {len(pairs)} rounds")
+    mine, theirs = zip(*pairs, strict=True)
+    return [
+        compare(
+            NAME,
+            mine,
+            theirs,
+            peer_name="Debian's bridge plugin, host-local",
+            unit="ms",
+            lower_is_better=True,
+            at_least=1.0,
+            note="IPv4 only for both; ours returns when the pod's policy is enforced",
+        )
+    ]
