@@ -96,12 +96,13 @@ def _apply(
     objects = store(topology)
     present = objects.load()
     todo = plan(present, wanted, deleted, [one.name for one in topology.nodes])
+    nodes = [node for node in topology.nodes if agents.running(topology, node.name)]
     say("policies")
     objects.change({key: todo.objects[key] for key in todo.write}, todo.remove)
-    if rejected := sync(topology):
+    if rejected := sync(topology, nodes):
         objects.change({key: present[key] for key in todo.write if key in present} | _restored(present, todo),
                        [key for key in todo.write if key not in present])  # fmt: skip
-        sync(topology)
+        sync(topology, nodes)
         raise LabError("; ".join(rejected))
     known = state.pods(topology)
     say("pods")
@@ -110,8 +111,13 @@ def _apply(
     missing = [key for key in todo.objects if key.kind == "Pod" and not _started(known, key)]
     start = sorted({*todo.start, *missing})
     started = _each(start, lambda key: pods.start(topology, key, todo.objects[key]))
-    _wait_known(topology, started)
+    _wait_known(topology, nodes, started)
     _each(zip(start, started, strict=True), lambda one: pods.wait_ready(topology, one[0], todo.objects[one[0]], one[1]))
+    if silent := [node.name for node in topology.nodes if node not in nodes]:
+        raise LabError(
+            f"no agent runs on {', '.join(silent)}: everything else is done, and there it will be enforced once it runs: "
+            f"`ciliate lab agent start {silent[0]}`"
+        )
     return dict(todo.changes)
 
 
@@ -124,8 +130,8 @@ def _started(known: Mapping[tuple[str, str], PodFile], key: ObjectKey) -> bool:
     return (key.namespace, key.name) in known
 
 
-def sync(topology: Topology) -> list[str]:
-    """Return when every node enforces what the objects say: what they rejected. Error: LabError (no answer)."""
+def sync(topology: Topology, nodes: Iterable[LabNode]) -> list[str]:
+    """Return when these nodes enforce what the objects say: what they rejected. Error: LabError (no answer)."""
 
     def ask(node: LabNode) -> list[str]:
         try:
@@ -142,15 +148,15 @@ def sync(topology: Topology) -> list[str]:
             names.append(f"{one['kind']} {one['namespace'] + '/' if one['namespace'] else ''}{one['name']}")
         return [f"node {node.name}: {', '.join(names)}: {message}" for message, names in said.items()]
 
-    return [line for lines in _each(topology.nodes, ask) for line in lines]
+    return [line for lines in _each(nodes, ask) for line in lines]
 
 
-def _wait_known(topology: Topology, fresh: Sequence[PodFile]) -> None:
-    """Return once every node knows the identity of every new pod's addresses. Error: LabError."""
+def _wait_known(topology: Topology, nodes: Iterable[LabNode], fresh: Sequence[PodFile]) -> None:
+    """Return once these nodes know the identity of every new pod's addresses. Error: LabError."""
     wanted = {address for pod in fresh for address in pod.addresses}
     if not wanted:
         return
-    for node in topology.nodes:
+    for node in nodes:
         missing = wanted
         for _ in _ticks(_KNOWN):
             rows = client(topology, node.name).get("ipcache")
