@@ -115,7 +115,7 @@ def _apply(
     _each(zip(start, started, strict=True), lambda one: pods.wait_ready(topology, one[0], todo.objects[one[0]], one[1]))
     if silent := [node.name for node in topology.nodes if node not in nodes]:
         raise LabError(
-            f"no agent runs on {', '.join(silent)}: everything else is done, and there it will be enforced once it runs: "
+            f"no agent runs on {', '.join(silent)}: all else is done, and there it will be enforced once it runs: "
             f"`ciliate lab agent start {silent[0]}`"
         )
     return dict(todo.changes)
