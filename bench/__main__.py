@@ -29,7 +29,7 @@ SECTIONS: Final[tuple[Section, ...]] = (traffic, cni, scale)
 
 def main(
     only: Annotated[str, typer.Option(help="Only rows whose name has this text.")] = "",
-    rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds of the traffic rows.")] = 15,
+    rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds of the traffic rows.")] = 31,
     output: Annotated[str, typer.Option("-o", "--output", help="table, or json.")] = "table",
     width: Annotated[int, typer.Option(help="Columns of the table; 0: the terminal's.")] = 0,
 ) -> None:
@@ -54,7 +54,7 @@ def main(
         sys.stdout.write(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     else:
         console = Console()
-        report.print_table(rows, Console(width=width or max(console.width, 160)))
+        report.print_table(rows, Console(width=width or max(console.width, 190)))
     progress(f"{len(rows)} rows in {path}")
 
 
