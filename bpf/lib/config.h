@@ -7,8 +7,7 @@
 #include <stdbool.h>
 #include "addr.h"
 
-#define CONFIG(type, name, description) \
-	volatile const type config_##name __attribute__((btf_decl_tag(description)))
+#define CONFIG(type, name, description) volatile const type config_##name __attribute__((btf_decl_tag(description)))
 
 CONFIG(__u32, cluster_id, "this cluster's id, 0..255; stands in bits 16..23 of an identity");
 CONFIG(bool, ipv4, "pods have IPv4 addresses");

@@ -22,17 +22,17 @@ enum endpoint_option {
 
 /* A local pod, keyed by the ifindex of its host-side interface. */
 struct endpoint {
-	__u32 id;                /* endpoint id, 1..65535 */
+	__u32 id; /* endpoint id, 1..65535 */
 	__u32 identity;
-	__u32 policy[DIR_MAX];   /* policy id by direction; 0: no policy selects it, all is allowed */
-	union addr v4;           /* zero: it has none */
+	__u32 policy[DIR_MAX]; /* policy id by direction; 0: no policy selects it, all is allowed */
+	union addr v4;         /* zero: it has none */
 	union addr v6;
-	__u64 since;             /* epoch at which it got its addresses: older conntrack rows are a former owner's */
-	__u32 ifindex;           /* host-side interface, the map's key */
-	__u32 options;           /* enum endpoint_option */
+	__u64 since;   /* epoch at which it got its addresses: older conntrack rows are a former owner's */
+	__u32 ifindex; /* host-side interface, the map's key */
+	__u32 options; /* enum endpoint_option */
 	__u16 mtu;
-	__u8 mac[6];             /* of the interface inside the pod */
-	__u8 gw_mac[6];          /* of the host-side interface: what ARP and ND answer for the gateway */
+	__u8 mac[6];    /* of the interface inside the pod */
+	__u8 gw_mac[6]; /* of the host-side interface: what ARP and ND answer for the gateway */
 	__u16 pad;
 	__u32 spare[4];
 };
@@ -122,10 +122,10 @@ enum scope {
 
 /* One direction of one resolved policy; shared by all endpoints that resolve alike. Class 0 has no rows. */
 struct policy {
-	__u32 default_rule;         /* rule id reported when nothing matched: names who imposed default deny */
+	__u32 default_rule; /* rule id reported when nothing matched: names who imposed default deny */
 	__u32 flags;
-	__u32 classes[SCOPE_MAX];   /* default class of a known identity, by scope */
-	__u32 unknown[SCOPE_MAX];   /* class of an identity that is not in the identities map, by scope */
+	__u32 classes[SCOPE_MAX]; /* default class of a known identity, by scope */
+	__u32 unknown[SCOPE_MAX]; /* class of an identity that is not in the identities map, by scope */
 };
 
 struct {
@@ -169,8 +169,8 @@ enum row_verdict { ROW_DENY = 1, ROW_ALLOW = 2, ROW_REDIRECT = 3 };
 struct row {
 	__u8 verdict; /* enum row_verdict */
 	__u8 pad[3];
-	__u32 l7;     /* rule set id for ROW_REDIRECT, else 0 */
-	__u32 rule;   /* rule id that decided */
+	__u32 l7;   /* rule set id for ROW_REDIRECT, else 0 */
+	__u32 rule; /* rule id that decided */
 };
 
 struct {
@@ -222,27 +222,28 @@ struct ct_key {
 };
 
 enum ct_flag {
-	CT_ORIG_B = 1 << 0,     /* the originator is end b */
+	CT_ORIG_B = 1 << 0, /* the originator is end b */
 	CT_SEEN_REPLY = 1 << 1,
 	CT_FIN_ORIG = 1 << 2,
 	CT_FIN_REPLY = 1 << 3,
 	CT_RST = 1 << 4,
-	CT_PROXIED = 1 << 5,    /* leg to the proxy: the server's side of it is the proxy's socket */
-	CT_DENIED = 1 << 6,     /* was allowed, a newer policy denies: both directions are dropped */
-	CT_TUNNEL = 1 << 7,     /* came in by the overlay: replies go back that way, also to nodes */
-	CT_NAT = 1 << 8,        /* masqueraded on its way out */
+	CT_PROXIED = 1 << 5, /* leg to the proxy: the server's side of it is the proxy's socket */
+	CT_DENIED = 1 << 6,  /* was allowed, a newer policy denies: both directions are dropped */
+	CT_TUNNEL = 1 << 7,  /* came in by the overlay: replies go back that way, also to nodes */
+	CT_NAT = 1 << 8,     /* masqueraded on its way out */
 };
 
 struct ct_entry {
-	__u64 expires;      /* bpf_ktime_get_boot_ns() */
-	__u64 epoch;        /* at which the verdict was decided */
-	__u64 born;         /* epoch at which the row was made */
-	__u64 packets[2];   /* original direction, reply direction */
+	__u64 expires;    /* bpf_ktime_get_boot_ns() */
+	__u64 epoch;      /* at which the verdict was decided */
+	__u64 born;       /* epoch at which the row was made */
+	__u64 packets[2]; /* original direction, reply direction */
 	__u64 bytes[2];
-	__u32 identity[2];  /* originator's, responder's */
-	__u32 rule[DIR_MAX];/* that decided the originator's egress, the responder's ingress; 0: that end is not here */
-	__u32 l7;           /* rule set id if CT_PROXIED */
-	__u32 flags;        /* enum ct_flag */
+	__u32 identity[2]; /* originator's, responder's */
+	__u32 rule
+		[DIR_MAX]; /* that decided the originator's egress, the responder's ingress; 0: that end is not here */
+	__u32 l7;          /* rule set id if CT_PROXIED */
+	__u32 flags;       /* enum ct_flag */
 	__u32 spare[2];
 };
 
@@ -275,7 +276,7 @@ struct nat_key {
 	__be16 inner_port; /* ICMP: the echo identifier, for both ports */
 	__be16 peer_port;
 	__u8 protocol;
-	__u8 dir;          /* enum nat_dir */
+	__u8 dir; /* enum nat_dir */
 	__u16 pad;
 };
 
@@ -284,7 +285,7 @@ struct nat_entry {
 	__be16 port;
 	__u16 pad;
 	__u32 spare;
-	__u64 expires;   /* bpf_ktime_get_boot_ns() */
+	__u64 expires; /* bpf_ktime_get_boot_ns() */
 };
 
 struct {
@@ -339,7 +340,7 @@ struct {
 enum event_type {
 	EVENT_VERDICT = 1, /* a policy decision on a connection's first packet, or a decision made anew */
 	EVENT_DROP = 2,
-	EVENT_END = 3,     /* a connection ended (FIN both ways or RST): packets and bytes are its totals */
+	EVENT_END = 3, /* a connection ended (FIN both ways or RST): packets and bytes are its totals */
 };
 
 enum event_verdict { VERDICT_DROPPED = 0, VERDICT_FORWARDED = 1, VERDICT_REDIRECTED = 2, VERDICT_AUDIT = 3 };
@@ -355,26 +356,26 @@ enum ct_state { CT_STATE_NEW = 0, CT_STATE_ESTABLISHED = 1, CT_STATE_REPLY = 2, 
 
 /* One fixed-size record of what was decided; nothing is parsed again in user space. */
 struct event {
-	__u64 time;         /* bpf_ktime_get_boot_ns() */
+	__u64 time; /* bpf_ktime_get_boot_ns() */
 	union addr saddr;
 	union addr daddr;
-	__be16 sport;       /* ICMP: the type; the identifier stands in dport */
+	__be16 sport; /* ICMP: the type; the identifier stands in dport */
 	__be16 dport;
 	__u8 protocol;
-	__u8 type;          /* enum event_type */
-	__u8 verdict;       /* enum event_verdict */
-	__u8 reason;        /* enum drop_reason, 0: none */
-	__u8 direction;     /* enum direction that decided */
-	__u8 observation;   /* enum observation */
-	__u8 ct_state;      /* enum ct_state */
+	__u8 type;        /* enum event_type */
+	__u8 verdict;     /* enum event_verdict */
+	__u8 reason;      /* enum drop_reason, 0: none */
+	__u8 direction;   /* enum direction that decided */
+	__u8 observation; /* enum observation */
+	__u8 ct_state;    /* enum ct_state */
 	__u8 tcp_flags;
-	__u32 identity[2];  /* source's, destination's */
-	__u32 endpoint[2];  /* ids of the local ends, 0: not here */
-	__u32 rule[DIR_MAX];/* rule ids that decided egress and ingress, 0: not asked */
+	__u32 identity[2];   /* source's, destination's */
+	__u32 endpoint[2];   /* ids of the local ends, 0: not here */
+	__u32 rule[DIR_MAX]; /* rule ids that decided egress and ingress, 0: not asked */
 	__u32 l7;
-	__u32 ifindex;      /* of the hook */
-	__u32 length;       /* octets of this packet, from the network header */
-	__u64 packets;      /* EVENT_END: totals of both directions */
+	__u32 ifindex; /* of the hook */
+	__u32 length;  /* octets of this packet, from the network header */
+	__u64 packets; /* EVENT_END: totals of both directions */
 	__u64 bytes;
 	__u64 spare[3];
 };

@@ -25,7 +25,10 @@ static __always_inline __u32 wire_length(const struct __sk_buff *skb, const stru
 static __always_inline int too_big_v4(struct __sk_buff *skb, struct scratch *s, struct icmp_too_big *icmp)
 {
 	struct iphdr ip = {
-		.version = 4, .ihl = 5, .ttl = 64, .protocol = IPPROTO_ICMP,
+		.version = 4,
+		.ihl = 5,
+		.ttl = 64,
+		.protocol = IPPROTO_ICMP,
 		.tot_len = bpf_htons(sizeof(ip) + sizeof(*icmp)),
 	};
 
@@ -45,7 +48,10 @@ static __always_inline int too_big_v4(struct __sk_buff *skb, struct scratch *s, 
 static __always_inline int too_big_v6(struct __sk_buff *skb, struct scratch *s, struct icmp_too_big *icmp)
 {
 	struct ipv6hdr ip = {
-		.version = 6, .hop_limit = 64, .nexthdr = PROTO_ICMPV6, .payload_len = bpf_htons(sizeof(*icmp)),
+		.version = 6,
+		.hop_limit = 64,
+		.nexthdr = PROTO_ICMPV6,
+		.payload_len = bpf_htons(sizeof(*icmp)),
 	};
 	__be32 pseudo[2] = { bpf_htonl(sizeof(*icmp)), bpf_htonl(PROTO_ICMPV6) };
 	union addr gateway;

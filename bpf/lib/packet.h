@@ -56,25 +56,25 @@ enum frag_state { FRAG_NONE = 0, FRAG_FIRST = 1, FRAG_LATER = 2 };
 struct pkt {
 	union addr saddr;
 	union addr daddr;
-	__be16 sport;      /* ICMP echo: the identifier, in both */
+	__be16 sport; /* ICMP echo: the identifier, in both */
 	__be16 dport;
-	__u8 family;       /* 4 or 6 */
+	__u8 family; /* 4 or 6 */
 	__u8 protocol;
 	__u8 tcp_flags;
 	__u8 icmp_type;
 	__u8 icmp_code;
-	__u8 frag;         /* enum frag_state */
+	__u8 frag; /* enum frag_state */
 	__u8 dont_fragment;
-	__u8 quoted;       /* an ICMP error; q_* hold the packet it quotes */
-	__u16 l3;          /* offsets from the frame's start */
+	__u8 quoted; /* an ICMP error; q_* hold the packet it quotes */
+	__u16 l3;    /* offsets from the frame's start */
 	__u16 l4;
-	__u32 length;      /* octets from the network header on, as the header says */
+	__u32 length; /* octets from the network header on, as the header says */
 	__be32 frag_id;
-	__u16 l4_header;   /* octets of the TCP or UDP header, else 0 */
+	__u16 l4_header; /* octets of the TCP or UDP header, else 0 */
 	__u16 q_l3;
 	__u16 q_l4;
 	__u8 q_protocol;
-	__u8 next;         /* IPv6 walk: the next header */
+	__u8 next; /* IPv6 walk: the next header */
 	union addr q_saddr;
 	union addr q_daddr;
 	__be16 q_sport;
@@ -87,17 +87,17 @@ enum dest_kind { DEST_POD = 0, DEST_HOST = 1, DEST_TUNNEL = 2, DEST_NATIVE = 3 }
 /* One end of the packet's connection, as far as this node knows it. */
 struct end {
 	__u32 identity;
-	__u32 id;                /* endpoint id, 0: no pod of this node */
+	__u32 id; /* endpoint id, 0: no pod of this node */
 	__u32 policy[DIR_MAX];
 	__u32 options;
-	__u32 known;             /* the identity is first hand: own row, tunnel header, or an ipcache row of a pod or node */
+	__u32 known; /* the identity is first hand: own row, tunnel header, or an ipcache row of a pod or node */
 	__u64 since;
 };
 
 /* What one run of a program works with. Programs of one CPU do not nest, so one row is enough. */
 struct scratch {
 	struct pkt p;
-	struct end ends[2];      /* source, destination of this packet */
+	struct end ends[2]; /* source, destination of this packet */
 	struct ct_key key;
 	struct ct_entry fresh;
 	__u64 epoch;
@@ -108,16 +108,16 @@ struct scratch {
 	__u8 observation;
 	__u8 ct_state;
 	__u8 leg;
-	__u8 direction;          /* that denied */
+	__u8 direction; /* that denied */
 	__u8 audit;
-	__u8 in_tunnel;          /* came by the overlay */
-	__u8 kind;               /* enum dest_kind */
-	__u8 dest_node;          /* the destination is a node */
-	__u8 macs[12];           /* Ethernet destination and source towards the local pod */
-	__u32 dest_ifindex;      /* of the local pod */
-	__u32 flags;             /* enum ct_flag of the row that was found or made */
-	union addr tunnel;       /* underlay address of the destination's node, zero: none */
-	__u8 octets[256];        /* for building packets */
+	__u8 in_tunnel;     /* came by the overlay */
+	__u8 kind;          /* enum dest_kind */
+	__u8 dest_node;     /* the destination is a node */
+	__u8 macs[12];      /* Ethernet destination and source towards the local pod */
+	__u32 dest_ifindex; /* of the local pod */
+	__u32 flags;        /* enum ct_flag of the row that was found or made */
+	union addr tunnel;  /* underlay address of the destination's node, zero: none */
+	__u8 octets[256];   /* for building packets */
 };
 
 struct {
@@ -163,8 +163,8 @@ static __always_inline bool is_icmp(const struct pkt *p)
 
 static __always_inline bool icmp_is_echo(__u8 family, __u8 type)
 {
-	return family == 4 ? type == ICMP_ECHO || type == ICMP_ECHOREPLY
-			   : type == ICMPV6_ECHO_REQUEST || type == ICMPV6_ECHO_REPLY;
+	return family == 4 ? type == ICMP_ECHO || type == ICMP_ECHOREPLY :
+			     type == ICMPV6_ECHO_REQUEST || type == ICMPV6_ECHO_REPLY;
 }
 
 static __always_inline bool icmp_is_error(__u8 family, __u8 type)
@@ -306,14 +306,14 @@ static __always_inline int ext_step(struct __sk_buff *skb, struct pkt *p)
 	__u8 head[8];
 
 	switch (p->next) {
-	case 0:   /* hop-by-hop */
-	case 43:  /* routing */
-	case 60:  /* destination options */
+	case 0:  /* hop-by-hop */
+	case 43: /* routing */
+	case 60: /* destination options */
 		if (bpf_skb_load_bytes(skb, p->l4, head, 2))
 			goto bad;
 		p->l4 += (head[1] + 1) * 8;
 		break;
-	case 44:  /* fragment */
+	case 44: /* fragment */
 		if (p->frag || bpf_skb_load_bytes(skb, p->l4, head, 8))
 			goto bad;
 		if (((head[2] << 8) | head[3]) & 0xfff8)
@@ -323,7 +323,7 @@ static __always_inline int ext_step(struct __sk_buff *skb, struct pkt *p)
 		__builtin_memcpy(&p->frag_id, head + 4, 4);
 		p->l4 += 8;
 		break;
-	case 51:  /* authentication header, RFC 4302: length in 4-octet units less 2 */
+	case 51: /* authentication header, RFC 4302: length in 4-octet units less 2 */
 		if (bpf_skb_load_bytes(skb, p->l4, head, 2))
 			goto bad;
 		p->l4 += (head[1] + 2) * 4;

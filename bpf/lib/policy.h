@@ -11,8 +11,8 @@
 #define IDENTITY_ALLOCATED_MIN 256
 
 struct decision {
-	int error;  /* 0: allowed; else the negated drop reason */
-	__u32 l7;   /* rule set to redirect to, 0: none */
+	int error; /* 0: allowed; else the negated drop reason */
+	__u32 l7;  /* rule set to redirect to, 0: none */
 	__u32 rule;
 };
 
@@ -21,8 +21,9 @@ static __always_inline __u32 scope_of(__u32 identity)
 	__u32 scope;
 
 	if (identity < IDENTITY_ALLOCATED_MIN)
-		scope = identity == IDENTITY_WORLD || identity == IDENTITY_WORLD_V4 || identity == IDENTITY_WORLD_V6
-				? SCOPE_WORLD : SCOPE_RESERVED;
+		scope = identity == IDENTITY_WORLD || identity == IDENTITY_WORLD_V4 || identity == IDENTITY_WORLD_V6 ?
+				SCOPE_WORLD :
+				SCOPE_RESERVED;
 	else if (identity >> 24 == 0)
 		scope = identity >> 16 == config_cluster_id ? SCOPE_CLUSTER : SCOPE_MESH;
 	else
