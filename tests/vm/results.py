@@ -1,4 +1,4 @@
-"""What the programs answer to given packets on the kernel that runs this: ``python results.py CASES OUTPUT``.
+"""What the programs answer to given packets on the kernel that runs this: ``python -m tests.vm.results CASES OUTPUT``.
 
 Runs on the host and in the emulated machine; nothing in the output depends on time, on chance or on interface numbers,
 so the two outputs must be equal. ``CASES``: JSON, a list of ``{"name", "program", "device", "frame"}``.

@@ -1,5 +1,6 @@
 """The oldest kernel that is supported (6.1) loads every program, and its programs answer as those on this kernel."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -11,8 +12,8 @@ import pytest
 
 from . import machine
 from .cases import all_cases
+from .overlay import PAYLOAD
 
-HERE = Path(__file__).parent
 TRAFFIC = "test_pods_talk_and_policy_decides or test_removed_pod_leaves_nothing"
 
 pytestmark = [pytest.mark.vm, pytest.mark.root, pytest.mark.timeout(900)]
@@ -23,10 +24,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where one boot of the machine left its results."""
     folder = tmp_path_factory.mktemp("vm")
     (folder / "cases.json").write_text(json.dumps(all_cases()))
-    results = machine.python_command(str(HERE / "results.py"), str(folder / "cases.json"), str(folder / "vm.json"))
+    results = machine.python_command("-m", "tests.vm.results", str(folder / "cases.json"), str(folder / "vm.json"))
+    overlay = machine.python_command("-m", "tests.vm.overlay", str(folder / "overlay.json"))
     tests = ["tests/datapath/test_node.py", "-k", TRAFFIC, f"--junitxml={folder}/traffic.xml"]
     traffic = machine.python_command("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
-    script = f"cd {machine.ROOT}; {results} 2>&1; {traffic} 2>&1"
+    script = f"cd {machine.ROOT}; {results} 2>&1; {overlay} 2>&1; {traffic} 2>&1"
     (folder / "console.txt").write_text(machine.run(script, folder, image=machine.kernel()))
     return folder
 
@@ -43,8 +45,8 @@ def there(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def here(folder: Path) -> dict[str, Any]:
     """The results of this machine."""
-    command = [sys.executable, str(HERE / "results.py"), str(folder / "cases.json"), str(folder / "here.json")]
-    subprocess.run(command, check=True)
+    command = [sys.executable, "-m", "tests.vm.results", str(folder / "cases.json"), str(folder / "here.json")]
+    subprocess.run(command, check=True, cwd=machine.ROOT)
     return dict(json.loads((folder / "here.json").read_text()))
 
 
@@ -82,3 +84,20 @@ def test_traffic_passes_and_policy_decides(folder: Path) -> None:
     assert {name: suite.attrib[name] for name in ("failures", "errors", "skipped")} == {
         "failures": "0", "errors": "0", "skipped": "0",
     }, console  # fmt: skip
+
+
+def test_two_nodes_reach_each_other(folder: Path) -> None:
+    """By the overlay with the pods' own addresses, and masqueraded to the other node's process."""
+    path = folder / "overlay.json"
+    assert path.exists(), (folder / "console.txt").read_text()
+    digest = hashlib.sha256(PAYLOAD).hexdigest()
+    assert json.loads(path.read_text()) == {
+        "echo4": True,
+        "echo6": True,
+        "echo from node": True,
+        "echo to other node": True,
+        "tcp4": {"peer": "10.1.0.5", "digest": digest, "answer": "done"},
+        "tcp6": {"peer": "fd00:1::5", "digest": digest, "answer": "done"},
+        "masqueraded4": {"peer": "192.0.2.1", "digest": digest, "answer": "done"},
+        "masqueraded6": {"peer": "2001:db8::1", "digest": digest, "answer": "done"},
+    }

@@ -1,0 +1,159 @@
+"""Real traffic between two nodes on the kernel that runs this: ``python -m tests.vm.overlay OUTPUT``.
+
+Two nodes joined by a cable, a pod on each; echo, TCP over the overlay in both families, and TCP from a pod to a process
+of the other node, which is masqueraded. Every answer says what the server saw. No result depends on time.
+"""
+
+import hashlib
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from contextlib import ExitStack
+from ipaddress import IPv4Address, IPv6Address, ip_network
+from pathlib import Path
+from typing import Any
+
+from ciliate.datapath import devices
+from ciliate.datapath.endpoints import EndpointId, EndpointRow
+from ciliate.datapath.ipcache import IpcacheRow
+from ciliate.datapath.netlink import in_netns
+from ciliate.datapath.node import Datapath, DatapathConfig
+from ciliate.identity.numbers import IdentityId
+
+from .results import SIZES, namespace
+
+PAYLOAD = bytes(range(256)) * 4096
+NODES = (1, 2)
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True)
+
+
+def _cable(nodes: dict[int, Path]) -> None:
+    first, second = (nodes[n].name for n in NODES)
+    _ip("-n", first, "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", second)
+    for number, node in nodes.items():
+        _ip("-n", node.name, "addr", "add", f"192.0.2.{number}/24", "dev", "eth0")
+        _ip("-n", node.name, "addr", "add", f"2001:db8::{number}/64", "dev", "eth0", "nodad")
+        _ip("-n", node.name, "link", "set", "eth0", "up")
+
+
+def _datapath(stack: ExitStack, number: int, node: Path) -> Datapath:
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ciliate-vm-")))
+    bpffs = folder / "bpffs"
+    bpffs.mkdir()
+    subprocess.run(["mount", "-t", "bpf", "vm", str(bpffs)], check=True)
+    stack.callback(subprocess.run, ["umount", "-l", str(bpffs)], check=True)
+    config = DatapathConfig(
+        node_name=f"n{number}",
+        bpffs=bpffs,
+        state_dir=folder,
+        device="eth0",
+        node_v4=IPv4Address(f"192.0.2.{number}"),
+        node_v6=IPv6Address(f"2001:db8::{number}"),
+        max_entries=SIZES,
+    )
+    path = in_netns(node, lambda: Datapath.open(config))
+    stack.callback(in_netns, node, path.remove)
+    return path
+
+
+def _pod(path: Datapath, number: int, node: Path, pod: Path) -> None:
+    v4, v6 = IPv4Address(f"10.{number}.0.5"), IPv6Address(f"fd00:{number}::5")
+    name = devices.pod_device_name(f"overlay-{number}")
+    wired = in_netns(node, lambda: path.wire_endpoint(name, pod, addresses=[v4, v6]))
+    row = EndpointRow(
+        id=EndpointId(number),
+        identity=1000 + number,
+        ifindex=wired.ifindex,
+        mac=wired.mac,
+        gw_mac=wired.gw_mac,
+        v4=v4,
+        v6=v6,
+        mtu=path.pod_mtu,
+    )
+    path.endpoints.upsert(row)
+    path.apply_policy({EndpointId(number): (None, None)}, [IdentityId(1000 + n) for n in NODES], complete=True)
+    rows = {}
+    for other in NODES:
+        tunnel = IPv4Address(f"192.0.2.{other}") if other != number else None
+        for address in (f"10.{other}.0.5", f"fd00:{other}::5"):
+            rows[address] = IpcacheRow(identity=1000 + other, tunnel=tunnel, pod=True)
+        for address in (f"192.0.2.{other}", f"2001:db8::{other}"):
+            rows[address] = IpcacheRow(identity=1 if other == number else 6, node=True)
+    path.ipcache.upsert(rows)
+    cidrs = [ip_network(text) for other in NODES for text in (f"10.{other}.0.0/24", f"fd00:{other}::/64")]
+    in_netns(node, lambda: path.sync_pod_routes(cidrs, prune=True))
+
+
+def _echo(pod: Path, target: str) -> bool:
+    command = ["ip", "netns", "exec", pod.name, "ping", "-q", "-c", "2", "-i", "0.2", "-W", "5", target]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def _transfer(client: Path, server: Path, address: str) -> dict[str, Any]:
+    """Send a megabyte; return the digest and the client's address as the server saw them."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    seen: dict[str, Any] = {}
+
+    def open_server() -> socket.socket:
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("::" if family == socket.AF_INET6 else "0.0.0.0", 8080))
+        listener.listen(1)
+        listener.settimeout(60)
+        return listener
+
+    def serve(listener: socket.socket) -> None:
+        connection, peer = listener.accept()
+        with connection:
+            connection.settimeout(60)
+            digest = hashlib.sha256()
+            while chunk := connection.recv(1 << 16):
+                digest.update(chunk)
+            seen.update(peer=peer[0], digest=digest.hexdigest())
+            connection.sendall(b"done")
+
+    def send() -> None:
+        with socket.create_connection((address, 8080), timeout=60) as connection:
+            connection.sendall(PAYLOAD)
+            connection.shutdown(socket.SHUT_WR)
+            seen["answer"] = connection.recv(16).decode()
+
+    with in_netns(server, open_server) as listener:
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+        try:
+            in_netns(client, send)
+        except OSError as error:
+            seen["error"] = str(error)
+        thread.join()
+    return seen
+
+
+def collect() -> dict[str, Any]:
+    """Return what passed."""
+    with ExitStack() as stack:
+        nodes = {n: stack.enter_context(namespace(f"over{n}")) for n in NODES}
+        pods = {n: stack.enter_context(namespace(f"overpod{n}")) for n in NODES}
+        _cable(nodes)
+        for number, node in nodes.items():
+            _pod(_datapath(stack, number, node), number, node, pods[number])
+        return {
+            "echo4": _echo(pods[1], "10.2.0.5"),
+            "echo6": _echo(pods[1], "fd00:2::5"),
+            "echo from node": _echo(nodes[2], "10.1.0.5"),
+            "echo to other node": _echo(pods[1], "192.0.2.2"),
+            "tcp4": _transfer(pods[1], pods[2], "10.2.0.5"),
+            "tcp6": _transfer(pods[1], pods[2], "fd00:2::5"),
+            "masqueraded4": _transfer(pods[1], nodes[2], "192.0.2.2"),
+            "masqueraded6": _transfer(pods[1], nodes[2], "2001:db8::2"),
+        }
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(json.dumps(collect(), indent=1))
