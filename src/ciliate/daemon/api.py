@@ -1,14 +1,10 @@
 """The agent's API: HTTP/1.1 with JSON over a unix socket, for the CLI, the CNI relay and probes."""
 
 import asyncio
-import contextlib
-import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import msgspec
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -109,34 +105,3 @@ async def _lines(hub: Hub) -> AsyncIterator[bytes]:
             while not queue.empty():
                 lines.append(queue.get_nowait())
             yield b"".join(lines)
-
-
-class _Server(uvicorn.Server):
-    """Signals are the agent's business."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-def listen(path: Path) -> socket.socket:
-    """Return a listening unix socket, for root alone. One that a former agent left is replaced. Error: OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(str(path))
-    path.chmod(0o600)
-    listener.listen(128)
-    return listener
-
-
-async def serve(app: Starlette, listener: socket.socket) -> None:
-    """Serve until cancelled."""
-    config = uvicorn.Config(
-        app, log_config=None, access_log=False, lifespan="off", loop="asyncio", http="h11", ws="none"
-    )
-    server = _Server(config)
-    try:
-        await server.serve(sockets=[listener])
-    finally:
-        listener.close()

@@ -8,10 +8,11 @@ import sys
 import structlog
 
 from ciliate.daemon.agent import Agent
-from ciliate.daemon.api import Unknown, application, listen, serve
+from ciliate.daemon.api import Unknown, application
 from ciliate.daemon.config import AgentConfig, ConfigError, arguments
 from ciliate.daemon.tables import TABLES, table_rows
 from ciliate.daemon.wiring import AgentWiring
+from ciliate.unixserver import listen, serve
 
 log = structlog.get_logger()
 

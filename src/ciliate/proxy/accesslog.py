@@ -164,4 +164,3 @@ class AccessLogHub:
                 chunk = listener.chunks.popleft()
                 listener.size -= len(chunk) if not chunk.startswith(b'{"lost"') else 0
                 yield chunk
-

@@ -146,5 +146,7 @@ def decode_put(body: bytes) -> PutRulesets:
         for index, rule in enumerate(ruleset.http):
             for name, _ in rule.headers:
                 if not _TOKEN.fullmatch(name):
-                    raise InvalidRequestError(f"rule set {ruleset.id}: http[{index}].headers: {name!r} is no header name")
+                    raise InvalidRequestError(
+                        f"rule set {ruleset.id}: http[{index}].headers: {name!r} is no header name"
+                    )
     return put

@@ -33,7 +33,9 @@ def find_envoy(explicit: str | Path | None = None, environ: Mapping[str, str] | 
         if value:
             found = _executable(Path(value))
             if found is None:
-                raise EnvoyNotFoundError(f"{origin}: {value} is no executable file, nor a folder with one in {_IN_TARGET}")
+                raise EnvoyNotFoundError(
+                    f"{origin}: {value} is no executable file, nor a folder with one in {_IN_TARGET}"
+                )
             return found
     root = Path(__file__).resolve().parents[3]
     found = _executable(root / ".envoy")

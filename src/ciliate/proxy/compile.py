@@ -81,7 +81,8 @@ def compile_listener(ruleset: int, port: int, options: ProxyOptions) -> XdsResou
         enable_reuse_port={"value": options.reuse_port},
         per_connection_buffer_limit_bytes={"value": _BUFFER},
         socket_options=[
-            {"level": level, "name": name, "int_value": value, "state": "STATE_PREBIND"} for level, name, value in _KEEPALIVE
+            {"level": level, "name": name, "int_value": value, "state": "STATE_PREBIND"}
+            for level, name, value in _KEEPALIVE
         ],
         listener_filters=[
             {"name": "envoy.filters.listener.original_dst", "typed_config": pb.pack(pb.OriginalDst())},
@@ -90,7 +91,10 @@ def compile_listener(ruleset: int, port: int, options: ProxyOptions) -> XdsResou
         filter_chains=[
             {
                 "filters": [
-                    {"name": "envoy.filters.network.set_filter_state", "typed_config": pb.pack(_ruleset_state(ruleset))},
+                    {
+                        "name": "envoy.filters.network.set_filter_state",
+                        "typed_config": pb.pack(_ruleset_state(ruleset)),
+                    },
                     {
                         "name": "envoy.filters.network.http_connection_manager",
                         "typed_config": pb.pack(_connection_manager(ruleset)),
@@ -121,7 +125,10 @@ def compile_denial(ruleset: int) -> XdsResource:
 
 def compile_cluster() -> XdsResource:
     """The cluster of all servers: wherever the client wanted to go, one connection there per connection here."""
-    breaker = {name: {"value": _UNLIMITED} for name in ("max_connections", "max_pending_requests", "max_requests", "max_retries")}
+    breaker = {
+        name: {"value": _UNLIMITED}
+        for name in ("max_connections", "max_pending_requests", "max_requests", "max_retries")
+    }
     options = pb.UpstreamHttpProtocolOptions(
         common_http_protocol_options={
             "idle_timeout": {"seconds": 3600},
@@ -212,8 +219,14 @@ def _connection_manager(ruleset: int) -> pb.Message:
         codec_type="AUTO",
         stat_prefix="l7",
         route_config=_routes(),
-        http_filters=[_rules_filter(ruleset), {"name": "envoy.filters.http.router", "typed_config": pb.pack(_router())}],
-        common_http_protocol_options={"idle_timeout": {"seconds": 3600}, "max_headers_count": {"value": _HEADERS_COUNT}},
+        http_filters=[
+            _rules_filter(ruleset),
+            {"name": "envoy.filters.http.router", "typed_config": pb.pack(_router())},
+        ],
+        common_http_protocol_options={
+            "idle_timeout": {"seconds": 3600},
+            "max_headers_count": {"value": _HEADERS_COUNT},
+        },
         http_protocol_options={
             "accept_http_10": True,
             "default_host_for_http_10": "http10.invalid",

@@ -42,12 +42,21 @@ class EnvoyCommand:
         """The start-up file; another Envoy has another name."""
         stat = self.binary.stat()
         what = (str(self.binary), str(stat.st_size), str(stat.st_mtime_ns), *self.arguments, self.bootstrap.decode())
-        return self.folder / f"bootstrap-{hashlib.sha256('\0'.join(what).encode()).hexdigest()[:12]}.json"
+        digest = hashlib.sha256("\0".join(what).encode()).hexdigest()[:12]
+        return self.folder / f"bootstrap-{digest}.json"
 
     def argv(self) -> list[str]:
         """The command line."""
         log = str(self.folder / "envoy.log")
-        return [str(self.binary), "-c", str(self.bootstrap_path), "--disable-hot-restart", "--log-path", log, *self.arguments]
+        return [
+            str(self.binary),
+            "-c",
+            str(self.bootstrap_path),
+            "--disable-hot-restart",
+            "--log-path",
+            log,
+            *self.arguments,
+        ]
 
 
 class EnvoyProcess:
@@ -108,7 +117,12 @@ def start(command: EnvoyCommand) -> EnvoyProcess:
         log.replace(log.with_suffix(".log.1"))
     with log.open("ab") as output:
         child = subprocess.Popen(
-            command.argv(), stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, cwd=command.folder
+            command.argv(),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            cwd=command.folder,
         )
     return EnvoyProcess(child.pid, os.pidfd_open(child.pid), child)
 
