@@ -223,7 +223,9 @@ def sync_node_routes(device: str, gateways: Mapping[Network, Address]) -> int:
     """
     with Netlink() as netlink:
         native = _present(netlink, device)
-        ours = [r for r in netlink.routes() if r.oif == native.ifindex and r.table == 254 and r.protocol == RTPROT_CILIATE]
+        ours = [
+            r for r in netlink.routes() if r.oif == native.ifindex and r.table == 254 and r.protocol == RTPROT_CILIATE
+        ]
         actual = {route.destination: route.gateway for route in ours}
         requests = [
             route_replace(cidr, native.ifindex, gateway=gateway)

@@ -278,7 +278,7 @@ class Datapath:
         )
 
     def sync_node_routes(self, gateways: Mapping[Network, IPv4Address | IPv6Address]) -> int:
-        """Lead other nodes' pod CIDRs to those nodes by the underlay: native routing. Return how many routes changed."""
+        """Lead other nodes' pod CIDRs to those nodes (native routing); return how many routes changed."""
         return devices.sync_node_routes(self.config.device, gateways)
 
     def pod_interface(self, name: str) -> LinkState | None:

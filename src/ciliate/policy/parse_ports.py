@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-import re2  # type: ignore[import-untyped]
+import re2
 
 from ciliate.policy.document import At
 from ciliate.policy.image import HttpRule

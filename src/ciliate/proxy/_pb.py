@@ -5,34 +5,34 @@ Importing this module costs about 0.2 s and 35 MB: only the daemon does.
 
 from typing import Any
 
-from envoy.config.accesslog.v3 import accesslog_pb2 as _accesslog  # type: ignore[import-untyped]
-from envoy.config.cluster.v3 import circuit_breaker_pb2 as _breaker  # type: ignore[import-untyped]
-from envoy.config.cluster.v3 import cluster_pb2 as _cluster  # type: ignore[import-untyped]
-from envoy.config.core.v3 import extension_pb2 as _extension  # type: ignore[import-untyped]
-from envoy.config.listener.v3 import listener_pb2 as _listener  # type: ignore[import-untyped]
-from envoy.config.rbac.v3 import rbac_pb2 as _rbac_config  # type: ignore[import-untyped]
-from envoy.data.accesslog.v3 import accesslog_pb2 as _log_data  # type: ignore[import-untyped]
-from envoy.extensions.access_loggers.grpc.v3 import als_pb2 as _als_config  # type: ignore[import-untyped]
-from envoy.extensions.filters.http.rbac.v3 import rbac_pb2 as _rbac  # type: ignore[import-untyped]
-from envoy.extensions.filters.http.router.v3 import router_pb2 as _router  # type: ignore[import-untyped]
-from envoy.extensions.filters.listener.original_dst.v3 import (  # type: ignore[import-untyped]
+from envoy.config.accesslog.v3 import accesslog_pb2 as _accesslog
+from envoy.config.cluster.v3 import circuit_breaker_pb2 as _breaker
+from envoy.config.cluster.v3 import cluster_pb2 as _cluster
+from envoy.config.core.v3 import extension_pb2 as _extension
+from envoy.config.listener.v3 import listener_pb2 as _listener
+from envoy.config.rbac.v3 import rbac_pb2 as _rbac_config
+from envoy.data.accesslog.v3 import accesslog_pb2 as _log_data
+from envoy.extensions.access_loggers.grpc.v3 import als_pb2 as _als_config
+from envoy.extensions.filters.http.rbac.v3 import rbac_pb2 as _rbac
+from envoy.extensions.filters.http.router.v3 import router_pb2 as _router
+from envoy.extensions.filters.listener.original_dst.v3 import (
     original_dst_pb2 as _original_dst,
 )
-from envoy.extensions.filters.listener.original_src.v3 import (  # type: ignore[import-untyped]
+from envoy.extensions.filters.listener.original_src.v3 import (
     original_src_pb2 as _original_src,
 )
-from envoy.extensions.filters.network.http_connection_manager.v3 import (  # type: ignore[import-untyped]
+from envoy.extensions.filters.network.http_connection_manager.v3 import (
     http_connection_manager_pb2 as _hcm,
 )
-from envoy.extensions.filters.network.set_filter_state.v3 import (  # type: ignore[import-untyped]
+from envoy.extensions.filters.network.set_filter_state.v3 import (
     set_filter_state_pb2 as _filter_state,
 )
-from envoy.extensions.http.header_formatters.preserve_case.v3 import (  # type: ignore[import-untyped]
+from envoy.extensions.http.header_formatters.preserve_case.v3 import (
     preserve_case_pb2 as _preserve_case,
 )
-from envoy.extensions.upstreams.http.v3 import http_protocol_options_pb2 as _upstream  # type: ignore[import-untyped]
-from envoy.service.accesslog.v3 import als_pb2 as _als  # type: ignore[import-untyped]
-from envoy.service.discovery.v3 import discovery_pb2 as _discovery  # type: ignore[import-untyped]
+from envoy.extensions.upstreams.http.v3 import http_protocol_options_pb2 as _upstream
+from envoy.service.accesslog.v3 import als_pb2 as _als
+from envoy.service.discovery.v3 import discovery_pb2 as _discovery
 from google.protobuf import any_pb2, wrappers_pb2
 
 Message = Any

@@ -1,7 +1,7 @@
 """Envoy's access log: protobuf in, NDJSON out to whoever listens.
 
-Messages are decoded only while somebody listens (an entry costs about 10 us). A listener that does not keep up loses entries, is told
-how many, and holds up nobody.
+Messages are decoded only while somebody listens (an entry costs about 10 us). A listener that does not keep up
+loses entries, is told how many, and holds up nobody.
 """
 
 import asyncio

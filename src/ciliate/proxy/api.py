@@ -106,8 +106,8 @@ class AccessLogEntry(msgspec.Struct, frozen=True, kw_only=True):
     """One request that ended. Addresses are what client and server have, not the proxy's.
 
     ``verdict``: ``denied`` by the rules; ``error``: refused before the rules were asked (malformed);
-    else ``forwarded``, whatever the server answered. ``time``: seconds since 1970. ``latency_ms``: request's first octet
-    to response's last. ``ruleset`` 0: not known.
+    else ``forwarded``, whatever the server answered. ``time``: seconds since 1970. ``latency_ms``: request's first
+    octet to response's last. ``ruleset`` 0: not known.
     """
 
     ruleset: int

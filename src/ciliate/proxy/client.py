@@ -77,17 +77,17 @@ class ProxyClient:
         raise ProxyUnavailableError(f"{self._socket}: the access log ended")
 
     async def _call(self, method: str, path: str, body: bytes = b"") -> bytes:
-        return await http_call(self._socket, method, path, body, timeout=self._timeout)
+        return await http_call(self._socket, method, path, body, seconds=self._timeout)
 
 
-async def http_call(socket: str, method: str, path: str, body: bytes = b"", *, timeout: float) -> bytes:
+async def http_call(socket: str, method: str, path: str, body: bytes = b"", *, seconds: float) -> bytes:
     """Body of the answer of an HTTP server on a unix socket. Raises ProxyUnavailableError, ProxyRequestError."""
     try:
-        async with asyncio.timeout(timeout), _request(socket, method, path, body) as exchange:
+        async with asyncio.timeout(seconds), _request(socket, method, path, body) as exchange:
             await exchange.head()
             return b"".join([bytes(chunk) async for chunk in exchange.body()])
     except TimeoutError as error:
-        raise ProxyUnavailableError(f"{socket}: no answer in {timeout} s") from error
+        raise ProxyUnavailableError(f"{socket}: no answer in {seconds:g} s") from error
 
 
 class _Exchange:
@@ -118,7 +118,7 @@ class _Exchange:
         while isinstance(event := await self._event(), h11.Data):
             yield bytes(event.data)
 
-    async def _event(self) -> h11.Event | type[h11.PAUSED]:
+    async def _event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         while (event := self._connection.next_event()) is h11.NEED_DATA:
             self._connection.receive_data(await self._reader.read(_CHUNK))
         return event

@@ -1,8 +1,7 @@
 """Rule sets in, xDS resources out. Pure: no clock, no socket, no process.
 
-A rule set becomes two resources. Its *listener* (LDS) never changes while the rule set lives, because a change of a listener
-drains connections. Its *rules* (ECDS) change at will and are enforced at once on live connections. docs/explanation/l7-http.md
-says why each option of Envoy's is as it is; the golden files in tests/proxy/golden show the result.
+A rule set becomes two resources. Its *listener* (LDS) never changes while the rule set lives, because a change of
+a listener drains connections. Its *rules* (ECDS) change at will and are enforced at once on live connections.
 """
 
 import hashlib
@@ -27,7 +26,8 @@ MARK_FROM_PROXY: Final = 0xA00
 DENIED_BODY: Final = "Access denied\r\n"
 """What Cilium's proxy answers, octet for octet."""
 
-_KEEPALIVE: Final = (  # (level, option, value): SOL_SOCKET SO_KEEPALIVE; IPPROTO_TCP TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT
+# (level, option, value): SOL_SOCKET SO_KEEPALIVE; IPPROTO_TCP TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT
+_KEEPALIVE: Final = (
     (1, 9, 1),
     (6, 4, 300),
     (6, 5, 60),
@@ -41,7 +41,7 @@ _BUFFER: Final = 1 << 17
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProxyOptions:
-    """What all listeners share. ``reuse_port``: one socket per worker; needs Linux 6.6, before it BPF cannot assign to such."""
+    """What all listeners share. ``reuse_port``: one socket a worker; before Linux 6.6 BPF cannot assign to such."""
 
     ipv6: bool = True
     reuse_port: bool = True
@@ -276,7 +276,8 @@ def _routes() -> dict[str, Any]:
             "cluster": SERVER_CLUSTER,
             "timeout": {},  # zero: none
             "retry_policy": {
-                "retry_on": "connect-failure,refused-stream,reset-before-request",  # nothing that the server may have begun
+                # Nothing that the server may have begun.
+                "retry_on": "connect-failure,refused-stream,reset-before-request",
                 "num_retries": {"value": 2},
             },
         },

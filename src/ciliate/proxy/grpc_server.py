@@ -42,7 +42,7 @@ class XdsServer:
             request_deserializer=pb.DeltaDiscoveryRequest.FromString,
             response_serializer=pb.DeltaDiscoveryResponse.SerializeToString,
         )
-        als = grpc.stream_unary_rpc_method_handler(self._stream_access_logs)
+        als: Any = grpc.stream_unary_rpc_method_handler(self._stream_access_logs)
         self._server.add_generic_rpc_handlers(
             (
                 grpc.method_handlers_generic_handler(

@@ -1,4 +1,4 @@
-"""Which TCP ports of this network namespace have listeners, from /proc/net/tcp (Linux, Documentation/networking/proc_net_tcp)."""
+"""Which TCP ports of this network namespace have listeners, from /proc/net/tcp (proc(5))."""
 
 import asyncio
 from collections.abc import Iterable

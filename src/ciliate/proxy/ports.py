@@ -1,7 +1,7 @@
 """Which listener port a rule set has. Pure.
 
-A port stays with its rule set as long as that exists. A port that was freed is given out last, because connections of the
-old listener may still be draining.
+A port stays with its rule set as long as that exists. A port that was freed is given out last, because connections of
+the old listener may still be draining.
 """
 
 from collections.abc import Collection, Mapping
@@ -45,8 +45,8 @@ class PortTable:
                 self._next = port + 1
                 return port
         raise PortsExhaustedError(
-            f"no free port in {self._low}-{self._high} for rule set {ruleset}: {len(used)} have rule sets, the rest other "
-            "processes; widen --ports"
+            f"no free port in {self._low}-{self._high} for rule set {ruleset}: {len(used)} have rule sets, the rest "
+            "other processes; widen --ports"
         )
 
     def release(self, ruleset: int) -> None:

@@ -1,8 +1,8 @@
 """The last applied rule sets and their ports, on disk: what is served while no agent runs.
 
-Written by rename, without fsync: it must survive the death of this process, and after the machine's death the pinned maps that
-lead to the listeners are gone too. An unreadable file is moved aside and reported; the daemon then starts empty, and
-the datapath drops what it would have sent here.
+Written by rename, without fsync: it must survive the death of this process, and after the machine's death the pinned
+maps that lead to the listeners are gone too. An unreadable file is moved aside and reported; the daemon then starts
+empty, and the datapath drops what it would have sent here.
 """
 
 import os

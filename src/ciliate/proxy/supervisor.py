@@ -1,11 +1,12 @@
 """Runs Envoy: starts it when it is first needed, again when it dies, takes over one that an earlier daemon left.
 
-Envoy is not bound to this process by a death signal: when the daemon is killed, Envoy goes on serving with the rules it has, and
-the next daemon adopts it (its command line names the start-up file, whose name has a hash of everything that would
-make it another Envoy). One that does not fit is ended first. An orderly stop of the daemon ends Envoy.
+Envoy is not bound to this process by a death signal: when the daemon is killed, Envoy goes on serving with the rules it
+has, and the next daemon adopts it (its command line names the start-up file, whose name has a hash of everything that
+would make it another Envoy). One that does not fit is ended first. An orderly stop of the daemon ends Envoy.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import signal
@@ -70,10 +71,8 @@ class EnvoyProcess:
 
     def kill(self, number: signal.Signals) -> None:
         """Sends a signal; nothing happens if the process has ended."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, number)
-        except ProcessLookupError:
-            pass
 
     async def wait(self) -> str:
         """How it ended."""
@@ -168,7 +167,7 @@ class Supervisor:
     """Keeps one Envoy running from the first ``need()`` on."""
 
     def __init__(self, command: Callable[[], EnvoyCommand], *, keep: bool = False) -> None:
-        """``command`` is asked at each start and may raise EnvoyNotFoundError. ``keep``: an orderly stop leaves Envoy running."""
+        """``command`` is asked at each start, may raise EnvoyNotFoundError. ``keep``: an orderly stop leaves Envoy."""
         self._command = command
         self._keep = keep
         self._needed = asyncio.Event()

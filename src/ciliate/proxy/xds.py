@@ -1,7 +1,7 @@
 """Incremental xDS without I/O: what to send to Envoy, and what its answers mean.
 
-``XdsStore`` has the resources that Envoy should have and remembers what was accepted. ``XdsSession`` is one stream of one
-Envoy: ``receive()`` takes a request, ``pending()`` gives the responses that are due. Every resource travels in a
+``XdsStore`` has the resources that Envoy should have and remembers what was accepted. ``XdsSession`` is one stream of
+one Envoy: ``receive()`` takes a request, ``pending()`` gives the responses that are due. Every resource travels in a
 response of its own, so that a refusal names exactly one.
 
     put -> desired --pending()--> sent --ACK--> acknowledged, last good
@@ -194,7 +194,7 @@ class XdsSession:
             return None
         wanted = self._store.get(key)
         if wanted is None:
-            # A listener that goes drains its connections, and these keep the rules they have: sent rules are not removed.
+            # A listener that goes drains its connections, and these keep their rules: sent rules are not removed.
             if (key in self._sent) != (type_url in _WILDCARD):
                 return None
             self._sent.pop(key, None)
