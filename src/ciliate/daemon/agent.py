@@ -15,6 +15,7 @@ from ciliate.daemon.endpoints import EndpointTable, LocalEndpoint
 from ciliate.daemon.enforcement import Enforcement
 from ciliate.daemon.ipcache import IpTable, NodeAddresses, PodAddress
 from ciliate.daemon.monitor import Decoder, Hub
+from ciliate.daemon.removals import Removals
 from ciliate.datapath.endpoints import EndpointId, EndpointRow
 from ciliate.datapath.node import Datapath, DatapathConfig
 from ciliate.identity.labels import Labels, pod_labels, reserved_labels
@@ -125,6 +126,7 @@ class Agent:
             CidrIdentities(config.state_dir / "cidrs.json"),
             self.proxy,
         )
+        self.removals = Removals(self.datapath.unwire_endpoint)
         self.decoder = Decoder(
             node=config.node_name,
             reasons=self.datapath.drop_reasons(),
@@ -146,12 +148,15 @@ class Agent:
             self.engine.identities.add(one.identity_id, one.label_set)
             self.table.pods |= self._rows(one)
             self.datapath.endpoints.upsert(self.row(one))
+        for orphan in self.datapath.pod_interfaces() - {one.device for one in self.endpoints}:
+            self.removals.start(orphan)
 
     async def run(self) -> None:
         """Follow every source until cancelled."""
         self.nodes.publish(self.node)
         self._learn_nodes({self.config.node_name: self.node})
         async with asyncio.TaskGroup() as group:
+            group.create_task(self.removals.run())
             group.create_task(self.enforcement.run())
             group.create_task(self._follow_manifests())
             group.create_task(self._follow_identities())
@@ -270,6 +275,7 @@ class Agent:
     async def release(self, one: LocalEndpoint) -> None:
         """Give back everything an endpoint has; idempotent. The runtime may ask again if it fails: OSError."""
         await asyncio.to_thread(self._withdraw, one)
+        self.removals.start(one.device)
         for address in one.addresses:
             self.table.pods.pop(address, None)
         self.ipam.release(one.owner)
@@ -278,7 +284,7 @@ class Agent:
         self._housekeeping.set()
 
     def _withdraw(self, one: LocalEndpoint) -> None:
-        self.datapath.unwire_endpoint(one.device, EndpointId(one.id))
+        self.datapath.forget_endpoint(EndpointId(one.id))
         for address in one.addresses:
             self.addresses.withdraw(address, self._host())
         if one.identity >= ALLOCATED_MIN and self.endpoints.get(*one.key) is not None:

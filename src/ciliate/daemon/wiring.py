@@ -29,6 +29,7 @@ class AgentWiring:
     async def add(self, request: AttachRequest) -> Attachment:
         """Wire an interface; a second call answers the same. Error: WiringError, and nothing is left behind."""
         agent = self._agent
+        await agent.removals.gone(pod_device_name(request.container_id, request.ifname))
         one = agent.endpoints.get(request.container_id, request.ifname)
         if one is None:
             one = self._new(request)
@@ -95,6 +96,7 @@ class AgentWiring:
     async def check(self, request: AttachRequest) -> list[str]:
         """Return what is wrong with an interface."""
         agent = self._agent
+        await agent.removals.gone(pod_device_name(request.container_id, request.ifname))
         one = agent.endpoints.get(request.container_id, request.ifname)
         if one is None:
             return [f"container {request.container_id} has no interface {request.ifname} here"]

@@ -238,9 +238,13 @@ class Datapath:
         Conntrack rows of its addresses are dead at once (``since``); ``housekeeping`` deletes them.
         """
         if endpoint is not None:
-            self._freed.update(self.endpoints.remove(endpoint))
+            self.forget_endpoint(endpoint)
         self.links.detach(_pin(name))
         return devices.unwire_pod(name)
+
+    def forget_endpoint(self, endpoint: EndpointId) -> None:
+        """Remove a pod's rows: nothing passes its interface any more. Idempotent; quick, unlike the device's end."""
+        self._freed.update(self.endpoints.remove(endpoint))
 
     async def attach_endpoint(
         self, name: str, netns: Path, *, addresses: Collection[IPv4Address | IPv6Address], interface: str = "eth0"
@@ -285,6 +289,10 @@ class Datapath:
         """Return a pod's host-side device, None: it is gone."""
         with Netlink() as netlink:
             return netlink.link(name)
+
+    def pod_interfaces(self) -> set[str]:
+        """Return the names of all host-side pod devices, also those that nobody knows any more."""
+        return set(devices.pod_devices())
 
     def mtu_changed(self) -> bool:
         """Return whether the underlay's MTU is not the one the programs were loaded for: then close and ``open``
