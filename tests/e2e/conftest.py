@@ -1,5 +1,6 @@
 """One lab for all tests of this folder; each test makes pods of its own and takes them away."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ import pytest
 
 from tests.e2e.lab import CILIATE, TRAFFIC, Lab, pod, server, wait_for
 
-CLUSTER = "e2e"
+CLUSTER = f"e2e{os.getpid()}"
 
 
 @pytest.fixture(scope="session")
