@@ -27,6 +27,7 @@ from ciliate.datapath.policy import Desired, PolicyReport
 from ciliate.identity.labels import Network, cidr_labels
 from ciliate.policy.engine import PolicyEngine
 from ciliate.policy.image import RuleRef, RuleSet
+from ciliate.policy.l7 import HttpRule, L7Protocol
 from ciliate.policy.parse import required_networks
 from ciliate.policy.rules import PolicyObject
 from ciliate.proxy.api import HttpRuleSpec, RulesetSpec
@@ -234,8 +235,10 @@ def _specs(rulesets: Mapping[int, RuleSet]) -> dict[int, RulesetSpec]:
                 HttpRuleSpec(
                     method=rule.method, path=rule.path, host=rule.host, headers=rule.headers, rule=rule_text(ref)
                 )
-                for rule, ref in one.http
+                for rule, ref in one.rules
+                if isinstance(rule, HttpRule)
             ),
         )
         for number, one in rulesets.items()
+        if one.protocol is L7Protocol.HTTP  # nobody serves the others yet: no listener, so they are dropped
     }
