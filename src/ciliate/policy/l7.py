@@ -18,7 +18,7 @@ class L7Protocol(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class HeaderMatch:
-    """A header and its value, given or in a secret. ``mismatch``: what happens else, LOG, ADD, DELETE, REPLACE; "" denies."""
+    """A header and its value, given or in a secret. ``mismatch``: "" denies, else LOG, ADD, DELETE or REPLACE."""
 
     name: str
     value: str | None = None
