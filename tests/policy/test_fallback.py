@@ -26,6 +26,7 @@ def native(**spec: Any) -> dict[str, Any]:
     return {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": metadata, "spec": spec}
 
 
+EVERYTHING_IN = {"endpointSelector": {}, "ingress": 1}
 ALL, BOTH = (POD, OTHER, ELSEWHERE), {IN, OUT}
 CLUSTERWIDE = "CiliumClusterwideNetworkPolicy"
 
@@ -35,14 +36,14 @@ CLUSTERWIDE = "CiliumClusterwideNetworkPolicy"
     [
         (cilium({"endpointSelector": API, "ingress": "?"}), {POD: {IN}}),
         (cilium({"endpointSelector": API, "ingressDeny": [{"x": 1}], "egress": []}), {POD: {IN, OUT}}),
-        (cilium({"endpointSelector": API, "egress": 7}, {"endpointSelector": {}, "ingress": [1]}), {POD: BOTH, OTHER: {IN}}),
+        (cilium({"endpointSelector": API, "egress": 7}, EVERYTHING_IN), {POD: BOTH, OTHER: {IN}}),
         (cilium({"endpointSelector": API}), {POD: {IN, OUT}}),
         (cilium({"endpointSelector": BROKEN, "ingress": []}), {POD: {IN}, OTHER: {IN}}),
         (cilium({"ingress": []}), {POD: {IN}, OTHER: {IN}}),
         (cilium("nonsense"), {POD: {IN, OUT}, OTHER: {IN, OUT}}),
         (cilium({"endpointSelector": API, "ingress": []}, version="cilium.io/v9"), {POD: {IN}}),
         (cilium({"endpointSelector": API, "egress": 1}, kind=CLUSTERWIDE), {POD: {OUT}, ELSEWHERE: {OUT}}),
-        (cilium({"endpointSelector": BROKEN, "egress": 1}, kind=CLUSTERWIDE), dict.fromkeys(ALL, {OUT})),
+        (cilium({"endpointSelector": BROKEN, "egress": 1}, kind=CLUSTERWIDE), {one: {OUT} for one in ALL}),
         (native(podSelector=API, ingress=[{"from": 1}]), {POD: {IN}}),
         (native(podSelector=API, policyTypes=["Egress"], egress="?"), {POD: {OUT}}),
         (native(podSelector=API, policyTypes="Egress", egress="?"), {POD: {IN, OUT}}),

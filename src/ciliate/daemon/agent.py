@@ -16,6 +16,7 @@ from ciliate.daemon.ipcache import IpTable, NodeAddresses, PodAddress
 from ciliate.daemon.monitor import Decoder, Hub
 from ciliate.daemon.named_ports import NamedPortTable
 from ciliate.daemon.objects import ClusterObjects, Read
+from ciliate.daemon.policy_status import own_report, status_documents
 from ciliate.daemon.removals import Removals
 from ciliate.datapath.endpoints import EndpointId, EndpointRow
 from ciliate.datapath.node import Datapath, DatapathConfig
@@ -27,6 +28,7 @@ from ciliate.k8s.objects import namespace_of
 from ciliate.kvstore.addresses import Addresses, IpEntry, NamedPort
 from ciliate.kvstore.identities import IdentityAllocator
 from ciliate.kvstore.nodes import Nodes
+from ciliate.kvstore.reports import PolicyReports, Report
 from ciliate.kvstore.store import FileStore
 from ciliate.node.model import Node
 from ciliate.policy.engine import PolicyEngine
@@ -55,6 +57,7 @@ class Agent:
         self.identities = IdentityAllocator(self.store, config.node_name, config.cluster_id)
         self.addresses = Addresses(self.store)
         self.nodes = Nodes(self.store)
+        self.reports = PolicyReports(self.store, config.cluster_name)
         self.manifests = Manifests(config.manifests_dir)
         self.proxy = ProxyClient(config.proxy_socket)
         self.ipam = HostIpam(config.cidrs(), node=config.node_name)
@@ -71,6 +74,7 @@ class Agent:
         self.ready = False
         self._scanning = asyncio.Lock()
         self._remote: dict[str, Node] = {}
+        self._reports: dict[str, Report] = {}
         self._housekeeping = asyncio.Event()
 
     # ---- life -------------------------------------------------------------------------------------------------
@@ -152,6 +156,8 @@ class Agent:
             group.create_task(self._follow_identities())
             group.create_task(self._follow_addresses())
             group.create_task(self._follow_nodes())
+            group.create_task(self._follow_reports())
+            group.create_task(self._report())
             group.create_task(self._read_events())
             group.create_task(self._read_accesslog())
             group.create_task(self._keep_house())
@@ -326,7 +332,7 @@ class Agent:
         return {
             "revision": outcome.revision,
             "epoch": outcome.epoch,
-            "objects": self.policies(),
+            "objects": self._policies({self.config.node_name}),
             "problems": self.problems(),
             "elapsed_ms": round((time.perf_counter() - began) * 1000, 3),
         }
@@ -337,24 +343,40 @@ class Agent:
         return [*files, *map(str, self.cluster.rejected.values()), *self.enforcement.last.problems]
 
     def policies(self) -> list[dict[str, Any]]:
-        """Return each policy object and whether it is enforced."""
-        pending = "; ".join(self.enforcement.last.problems)
-        listed = []
-        for key in sorted(self.cluster.policies.keys() | self.cluster.rejected.keys()):
-            rejected = self.cluster.rejected.get(key)
-            listed.append(
-                {
-                    "kind": key[0],
-                    "namespace": key[1],
-                    "name": key[2],
-                    "state": "rejected" if rejected else "pending" if pending else "enforced",
-                    "message": str(rejected) if rejected else pending,
-                    "in_force": rejected.instead if rejected else "as written",
-                }
-            )
-        return listed
+        """Return each policy's status in the cluster."""
+        return self._policies({*self._remote, self.config.node_name})
+
+    def _policies(self, nodes: set[str]) -> list[dict[str, Any]]:
+        own = {self.config.node_name: own_report(self.cluster, self.enforcement.in_force)}
+        return status_documents(
+            self.cluster,
+            self._reports | own,
+            nodes,
+            {},
+            self.enforcement.last.problems,
+        )
 
     # ---- sources ----------------------------------------------------------------------------------------------
+
+    async def _follow_reports(self) -> None:
+        """Follow which policies the other nodes enforce."""
+        async for batch in self.reports.watch():
+            for node, report in batch.items():
+                if report is None:
+                    self._reports.pop(node, None)
+                else:
+                    self._reports[node] = report
+
+    async def _report(self) -> None:
+        """Tell the other nodes, after each pass, which policies are enforced here."""
+        told: Report | None = None
+        passes = 0
+        while True:
+            passes = await self.enforcement.passed(passes)
+            report = own_report(self.cluster, self.enforcement.in_force)
+            if report != told:
+                await asyncio.to_thread(self.reports.publish, self.config.node_name, report)
+                told = report
 
     async def _follow_manifests(self) -> None:
         number = await self.scan()

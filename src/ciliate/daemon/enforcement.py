@@ -69,12 +69,15 @@ class Enforcement:
         self._endpoints = endpoints
         self._cidrs = cidrs
         self._proxy = proxy
+        self.in_force: Mapping[Key, PolicyObject] = {}
+        """The policies that the datapath enforces, as of the last pass that left no problem."""
         self._objects: dict[Key, PolicyObject] = {}
         self._written: dict[Any, IpcacheRow] = {}
         self._pruned = False
         self._proxied: dict[int, RulesetSpec] = {}
         self._asked = 0
         self._done = 0
+        self._passes = 0
         self._wake = asyncio.Event()
         self._passed = asyncio.Condition()
 
@@ -91,6 +94,12 @@ class Enforcement:
         async with self._passed:
             await self._passed.wait_for(lambda: self._done >= number)
         return self.last
+
+    async def passed(self, after: int) -> int:
+        """Return how many passes there have been, once there are more than ``after``."""
+        async with self._passed:
+            await self._passed.wait_for(lambda: self._passes > after)
+        return self._passes
 
     def set_policies(self, objects: Mapping[Key, PolicyObject]) -> None:
         """Make these the cluster's policies, at the next pass."""
@@ -114,6 +123,7 @@ class Enforcement:
                 self.last = Pass(revision=number, problems=[f"the datapath refused a change: {error}"])
                 asyncio.get_running_loop().call_later(1, self._wake.set)
             self._done = number
+            self._passes += 1
             async with self._passed:
                 self._passed.notify_all()
 
@@ -139,6 +149,8 @@ class Enforcement:
         if self.complete:
             await self._prepare_proxy(wanted, outcome, prune=True)
             await self._forget_cidrs(set(self._cidrs.numbers) - networks)
+        if not outcome.problems:
+            self.in_force = objects
         outcome.took = time.perf_counter() - began
         return outcome
 

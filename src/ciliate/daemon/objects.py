@@ -1,10 +1,12 @@
 """What the Kubernetes objects say, typed; and what is in force for those that are not valid."""
 
+import hashlib
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import msgspec
 import structlog
 
 from ciliate.daemon.lastvalid import LastValid
@@ -16,6 +18,7 @@ from ciliate.policy.rules import PolicyError, PolicyObject
 
 log = structlog.get_logger()
 Key = tuple[str, str, str]
+POLICY_KINDS: Final = frozenset(API_VERSIONS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +38,7 @@ class Read:
 
     name: Key
     value: Pod | Namespace | PolicyObject | None
+    digest: str = ""
     rejected: Rejected | None = None
 
 
@@ -52,6 +56,8 @@ class ClusterObjects:
         self.policies: dict[Key, PolicyObject] = {}
         """What is to be enforced, for every policy object that there is."""
         self.rejected: dict[Key, Rejected] = {}
+        self.digests: dict[Key, str] = {}
+        """Of each policy's document as it is written, valid or not: nodes that name the same one agree."""
         self.lingering: set[Key] = set()
         """Policies that only the last valid forms name, since some input cannot be read."""
         self._last_valid = LastValid(folder)
@@ -72,14 +78,15 @@ class ClusterObjects:
                 case kind if kind in API_VERSIONS:
                     policy = parse_object(document)
                     self._last_valid.keep(name, document)
-                    return Read(name=name, value=policy)
+                    return Read(name=name, value=policy, digest=_digest(document))
                 case _:
                     return None
         except ObjectError as error:
             return Read(name=name, value=None, rejected=Rejected(problem=str(error)))
         except PolicyError as error:
             value, instead = self._instead(name, document)
-            return Read(name=name, value=value, rejected=Rejected(problem=str(error), instead=instead))
+            rejected = Rejected(problem=str(error), instead=instead)
+            return Read(name=name, value=value, digest=_digest(document), rejected=rejected)
 
     def _instead(self, name: Key, document: Mapping[str, Any]) -> tuple[PolicyObject | None, str]:
         """What is in force for an invalid policy."""
@@ -106,6 +113,8 @@ class ClusterObjects:
                 self.policies[one.name] = one.value
             case None:
                 pass
+        if one.digest:
+            self.digests[one.name] = one.digest
         if one.rejected is None:
             self.rejected.pop(one.name, None)
             return
@@ -123,6 +132,7 @@ class ClusterObjects:
                 self.namespaces.pop(key.name, None)
             case kind if kind in API_VERSIONS:
                 self.policies.pop(name, None)
+                self.digests.pop(name, None)
                 self._last_valid.forget(name)
 
     def settle(self, present: Set[ObjectKey], *, unreadable: bool) -> None:
@@ -154,3 +164,9 @@ class ClusterObjects:
         self.policies[policy.key] = policy
         self.lingering.add(policy.key)
         self.rejected[policy.key] = Rejected(problem="its file cannot be read", instead=LAST_VALID)
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    """What a policy says, in short: its specs, without what an API server adds."""
+    said = {name: document.get(name) for name in ("kind", "spec", "specs")}
+    return hashlib.sha256(msgspec.json.encode(said, order="deterministic")).hexdigest()[:16]
