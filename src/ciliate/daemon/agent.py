@@ -3,15 +3,15 @@
 import asyncio
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import structlog
 
 from ciliate.cni.conflist import install_conflist, install_plugin
-from ciliate.daemon.cidrs import CidrIdentities
 from ciliate.daemon.config import AgentConfig
 from ciliate.daemon.endpoints import EndpointTable, LocalEndpoint
-from ciliate.daemon.enforcement import Enforcement
+from ciliate.daemon.enforcement import Enforcement, Wanted
 from ciliate.daemon.ipcache import IpTable, NodeAddresses, PodAddress
 from ciliate.daemon.monitor import Decoder, Hub
 from ciliate.daemon.named_ports import NamedPortTable
@@ -115,7 +115,7 @@ class Agent:
             self.engine,
             self.endpoints,
             self.table,
-            CidrIdentities(config.state_dir / "cidrs.json"),
+            config.state_dir,
             self.proxy,
         )
         self.removals = Removals(self.datapath.unwire_endpoint)
@@ -212,7 +212,7 @@ class Agent:
         pod = self.cluster.pods.get((namespace, name))
         if pod is None:
             return None
-        known = self.cluster.namespaces.get(namespace) or namespace_of(namespace, {})
+        known = self.cluster.namespaces.get(("", namespace)) or namespace_of(namespace, {})
         labels = pod_labels(
             namespace=namespace,
             labels=pod.labels,
@@ -301,13 +301,35 @@ class Agent:
             for one in read:
                 self.cluster.learn(one)
             self.cluster.settle(found.objects.keys(), unreadable=bool(found.problems))
-            self.enforcement.set_policies(self.cluster.policies)
+            await self._label_node()
+            self._want()
             await self._identify_all({*found.changed, *found.removed})
             return self.enforcement.request()
 
     def _read(self, found: ScanResult) -> list[Read]:
         read = (self.cluster.read(key, found.objects[key]) for key in sorted(found.changed))
         return [one for one in read if one is not None]
+
+    async def _label_node(self) -> None:
+        """Take this node's labels from its Node object, and tell the others."""
+        own = self.cluster.nodes.get(("", self.config.node_name))
+        labels = dict(own.labels) if own is not None else {}
+        if labels != self.node.labels:
+            self.node = replace(self.node, labels=labels)
+            await asyncio.to_thread(self.nodes.publish, self.node)
+
+    def _want(self) -> None:
+        """Tell enforcement what the objects and the other nodes say now."""
+        cluster, own = self.cluster, self.config.node_name
+        self.enforcement.want(
+            Wanted(
+                policies=dict(cluster.policies),
+                groups={name: one for (_, name), one in cluster.groups.items()},
+                services=cluster.service_facts(),
+                nodes={name: node.labels for name, node in self._remote.items() if name != own},
+                host=self.node.labels,
+            )
+        )
 
     async def _identify_all(self, keys: set[ObjectKey]) -> None:
         """Pods whose labels, or whose namespace's, may have changed get the identity they have now."""
@@ -420,6 +442,7 @@ class Agent:
                 else:
                     self._remote[name] = node
             await asyncio.to_thread(self._learn_nodes, self._remote | {self.config.node_name: self.node})
+            self._want()
             self.enforcement.request()
             await self._reported("nodes")
 

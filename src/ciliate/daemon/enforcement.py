@@ -12,31 +12,45 @@ the old verdict or the new one:
 import asyncio
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
 
 import structlog
 
-from ciliate.daemon.cidrs import CidrIdentities
 from ciliate.daemon.endpoints import EndpointTable
 from ciliate.daemon.ipcache import IpTable
+from ciliate.daemon.local_identities import cidr_identities, node_identities
 from ciliate.datapath.endpoints import EndpointId
 from ciliate.datapath.node import Datapath
 from ciliate.datapath.policy import Desired, PolicyReport
-from ciliate.identity.labels import Labels, Network, cidr_labels
+from ciliate.identity.labels import Labels, cidr_labels, node_labels
 from ciliate.identity.numbers import IdentityId
 from ciliate.policy.engine import NamedPorts, PolicyEngine
 from ciliate.policy.image import RuleRef, RuleSet
 from ciliate.policy.l7 import HttpRule, L7Protocol
-from ciliate.policy.parse import required_networks
-from ciliate.policy.rules import PolicyObject
+from ciliate.policy.rules import CidrGroup, PolicyObject, ServiceFacts, names_nodes
 from ciliate.proxy.api import HttpRuleSpec, RulesetSpec
 from ciliate.proxy.client import ProxyClient, ProxyRequestError, ProxyUnavailableError
 
 log = structlog.get_logger()
 Key = tuple[str, str, str]
+K = TypeVar("K")
+V = TypeVar("V")
 Change = Callable[[PolicyEngine], object]
 Snapshot = Collection[tuple[EndpointId, Labels, NamedPorts]]
 """The endpoints as they are when a pass looks at them: id, labels, named ports."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What is to be enforced. ``nodes``: labels of the other nodes, by name; ``host``: labels of this one."""
+
+    policies: Mapping[Key, PolicyObject] = field(default_factory=dict)
+    groups: Mapping[str, CidrGroup] = field(default_factory=dict)
+    services: Mapping[tuple[str, str], ServiceFacts] = field(default_factory=dict)
+    nodes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    host: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -61,7 +75,7 @@ class Enforcement:
         engine: PolicyEngine,
         endpoints: EndpointTable,
         table: IpTable,
-        cidrs: CidrIdentities,
+        folder: Path,
         proxy: ProxyClient,
     ) -> None:
         self.engine = engine
@@ -69,11 +83,14 @@ class Enforcement:
         self.last = Pass()
         self._datapath = datapath
         self._endpoints = endpoints
-        self._cidrs = cidrs
+        self._cidrs = cidr_identities(folder)
+        self._nodes = node_identities(folder)
         self._proxy = proxy
         self.in_force: Mapping[Key, PolicyObject] = {}
         """The policies that the datapath enforces, as of the last pass that left no problem."""
-        self._objects: dict[Key, PolicyObject] = {}
+        self._wanted = Wanted()
+        self._known = Wanted()
+        """What the engine has been told."""
         self._changes: list[Change] = []
         self._complete = asyncio.Event()
         self._pruned = False
@@ -110,20 +127,15 @@ class Enforcement:
 
     def forget_identity(self, identity: IdentityId) -> None:
         """Make the engine forget an identity, at the next pass."""
-        self._changes.append(_forget(identity))
+        self._changes.append(lambda engine: engine.identities.remove(identity))
 
     def set_named_ports(self, identity: IdentityId, ports: NamedPorts) -> None:
         """Tell the engine the named ports of an identity's pods, at the next pass."""
         self._changes.append(lambda engine: engine.set_named_ports(identity, ports))
 
-    def set_policies(self, objects: Mapping[Key, PolicyObject]) -> None:
-        """Make these the cluster's policies, at the next pass."""
-        self._objects = dict(objects)
-
-    @property
-    def objects(self) -> Mapping[Key, PolicyObject]:
-        """The policies asked for."""
-        return self._objects
+    def want(self, wanted: Wanted) -> None:
+        """Enforce this, from the next pass on."""
+        self._wanted = wanted
 
     def begin(self) -> None:
         """Every source has reported. Before, nothing is written: a policy or an identity that is not heard of yet would
@@ -153,48 +165,55 @@ class Enforcement:
 
     async def _pass(self, number: int) -> Pass:
         began = time.perf_counter()
-        objects = self._objects
-        outcome = Pass(revision=number)
-        networks = required_networks(objects.values())
-        self._cidrs.acquire(networks)
+        wanted, outcome = self._wanted, Pass(revision=number)
+        nodes = wanted.nodes if names_nodes(wanted.policies.values()) else {}
         changes, self._changes = self._changes, []
-        changes += [_learn_cidr(network, identity) for network, identity in self._cidrs.numbers.items()]
-        changed = await asyncio.to_thread(self._change, changes)
-        if changed and self._pruned:
+        if await asyncio.to_thread(self._prepare, wanted, nodes, changes) and self._pruned:
             await self._apply(outcome)
         self.table.set_cidrs(self._cidrs.numbers)
+        self.table.set_node_identities({name: self._nodes.numbers[name] for name in nodes})
         await self._sync_ipcache()
-        endpoints = self._snapshot()
-        desired = await asyncio.to_thread(self._resolve, endpoints, objects)
-        wanted = _specs(self._datapath.policy.rulesets_of(desired))
-        await self._prepare_proxy(self._proxied | wanted, outcome)
+        desired = await asyncio.to_thread(self._resolve, self._snapshot(), wanted.policies)
+        rulesets = _specs(self._datapath.policy.rulesets_of(desired))
+        await self._prepare_proxy(self._proxied | rulesets, outcome)
         await self._write(outcome, desired)
-        await self._prepare_proxy(wanted, outcome, prune=True)
-        await self._forget_cidrs(set(self._cidrs.numbers) - networks)
+        await self._prepare_proxy(rulesets, outcome, prune=True)
+        await self._forget_unused(nodes)
+        outcome.problems += self.engine.problems()
         if not outcome.problems:
-            self.in_force = objects
+            self.in_force = wanted.policies
         outcome.took = time.perf_counter() - began
         return outcome
 
-    def _change(self, changes: Collection[Change]) -> bool:
-        """Change the engine; return whether its identities are others now."""
-        before = self.engine.identities.version
+    def _prepare(self, wanted: Wanted, nodes: Mapping[str, Mapping[str, str]], changes: Collection[Change]) -> bool:
+        """Tell the engine all but the policies; give numbers to what they name. Return whether its identities changed.
+
+        Error: ValueError (no number is left).
+        """
+        engine, before = self.engine, self.engine.identities.version
         for one in changes:
-            one(self.engine)
-        return self.engine.identities.version != before
+            one(engine)
+        _tell(self._known.groups, wanted.groups, engine.set_cidr_group, engine.remove_cidr_group)
+        _tell(self._known.services, wanted.services, engine.set_service, lambda key: engine.remove_service(*key))
+        self._known = replace(wanted, policies={})
+        fresh = [one for key, one in wanted.policies.items() if self.in_force.get(key) is not one]
+        self._cidrs.acquire({*engine.required_networks(), *engine.required_networks(fresh)})
+        self._nodes.acquire(nodes)
+        for network, identity in self._cidrs.numbers.items():
+            engine.identities.add(identity, cidr_labels(network), network)
+        for name, labels in nodes.items():
+            engine.identities.add(self._nodes.numbers[name], node_labels(labels))
+        return engine.identities.version != before
 
     def _snapshot(self) -> Snapshot:
         return [
             (EndpointId(one.id), one.label_set, frozenset(one.named_ports)) for one in self._endpoints if one.identity
         ]
 
-    def _resolve(self, endpoints: Snapshot, objects: Mapping[Key, PolicyObject]) -> Desired:
-        for key in [one.key for one in self.engine.objects() if one.key not in objects]:
-            self.engine.remove_object(key)
+    def _resolve(self, endpoints: Snapshot, policies: Mapping[Key, PolicyObject]) -> Desired:
         known = {one.key: one for one in self.engine.objects()}
-        for key, one in objects.items():
-            if known.get(key) != one:
-                self.engine.set_object(one)
+        _tell(known, policies, self.engine.set_object, self.engine.remove_object)
+        self.engine.retain(labels for _, labels, _ in endpoints)
         return {endpoint: self.engine.resolve(labels, ports) for endpoint, labels, ports in endpoints}
 
     async def _apply(self, outcome: Pass) -> None:
@@ -224,15 +243,23 @@ class Enforcement:
             self.table.touch([*rows, *gone])
             raise
 
-    async def _forget_cidrs(self, networks: Collection[Network]) -> None:
-        if not networks:
+    async def _forget_unused(self, nodes: Collection[str]) -> None:
+        """Take numbers that no policy needs out of the ipcache, then out of the policies."""
+        networks = self._cidrs.numbers.keys() - self.engine.required_networks()
+        names = self._nodes.numbers.keys() - nodes
+        gone = [self._cidrs.numbers[one] for one in networks] + [self._nodes.numbers[one] for one in names]
+        if not gone:
             return
-        numbers = [self._cidrs.numbers[network] for network in networks]
         self._cidrs.release(networks)
+        self._nodes.release(names)
         self.table.set_cidrs(self._cidrs.numbers)
         await self._sync_ipcache()
-        await asyncio.to_thread(self._change, [_forget(number) for number in numbers])
+        await asyncio.to_thread(self._forget, gone)
         await self._apply(Pass())
+
+    def _forget(self, identities: Collection[IdentityId]) -> None:
+        for one in identities:
+            self.engine.identities.remove(one)
 
     # ---- proxy ------------------------------------------------------------------------------------------------
 
@@ -259,12 +286,15 @@ class Enforcement:
         self.request()
 
 
-def _learn_cidr(network: Network, identity: IdentityId) -> Change:
-    return lambda engine: engine.identities.add(identity, cidr_labels(network), network)
-
-
-def _forget(identity: IdentityId) -> Change:
-    return lambda engine: engine.identities.remove(identity)
+def _tell(
+    known: Mapping[K, V], wanted: Mapping[K, V], set_one: Callable[[V], object], remove: Callable[[K], object]
+) -> None:
+    """Lead the engine from what it knows to what is wanted."""
+    for key in known.keys() - wanted.keys():
+        remove(key)
+    for key, one in wanted.items():
+        if (before := known.get(key)) is not one and before != one:
+            set_one(one)
 
 
 def rule_text(ref: RuleRef) -> str:

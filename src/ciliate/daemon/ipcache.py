@@ -38,6 +38,7 @@ class IpTable:
         self._pods: dict[str, PodAddress] = {}
         self._nodes: dict[str, NodeAddresses] = {}
         self._node_of: dict[str, NodeAddresses] = {}
+        self._numbers: dict[str, IdentityId] = {}
         self._cidrs: dict[Network, IdentityId] = {}
         self._touched: set[Network] = set()
 
@@ -63,6 +64,13 @@ class IpTable:
             self._touched |= {host_prefix(address) for address in one.addresses}
         self._nodes = dict(nodes)
         self._node_of = {str(address): one for one in nodes.values() for address in one.addresses}
+
+    def set_node_identities(self, numbers: Mapping[str, IdentityId]) -> None:
+        """Say which other nodes have an identity of their own; the rest are ``remote-node``."""
+        changed = {name for name, _ in numbers.items() ^ self._numbers.items()}
+        for node in (self._nodes[name] for name in changed if name in self._nodes):
+            self._touched |= {host_prefix(address) for address in node.addresses}
+        self._numbers = dict(numbers)
 
     def set_cidrs(self, cidrs: Mapping[Network, IdentityId]) -> None:
         """Say which CIDRs have an identity of their own."""
@@ -102,7 +110,7 @@ class IpTable:
         if (pod := self._pods.get(address)) is not None:
             return pod_row(pod)
         node = self._node_of.get(address)
-        return node_row(node) if node is not None else None
+        return node_row(node, self._numbers.get(node.name)) if node is not None else None
 
     def name_of(self, address: str) -> str:
         """Return ``namespace/pod`` or ``node NAME`` of an address, empty: neither."""
@@ -122,7 +130,7 @@ def pod_row(pod: PodAddress) -> IpcacheRow:
     return IpcacheRow(identity=pod.identity, tunnel=pod.host or None, pod=True)
 
 
-def node_row(node: NodeAddresses) -> IpcacheRow:
+def node_row(node: NodeAddresses, number: IdentityId | None = None) -> IpcacheRow:
     """Return the row of a node's address; replies that belong in the overlay find its other end there."""
-    identity = Reserved.HOST if node.local else Reserved.REMOTE_NODE
+    identity = Reserved.HOST if node.local else number or Reserved.REMOTE_NODE
     return IpcacheRow(identity=identity, tunnel=node.underlay, node=True)

@@ -1,8 +1,10 @@
 """What the Kubernetes objects say, typed; and what is in force for those that are not valid."""
 
 import hashlib
-from collections.abc import Mapping, Set
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,15 +12,36 @@ import msgspec
 import structlog
 
 from ciliate.daemon.lastvalid import LastValid
+from ciliate.identity.labels import Network, k8s
 from ciliate.k8s.manifests import ObjectKey
-from ciliate.k8s.objects import Namespace, ObjectError, Pod, parse_namespace, parse_pod
+from ciliate.k8s.objects import (
+    EndpointSlice,
+    Namespace,
+    NodeObject,
+    ObjectError,
+    Pod,
+    Service,
+    parse_endpoint_slice,
+    parse_namespace,
+    parse_node,
+    parse_pod,
+    parse_service,
+)
 from ciliate.policy.fallback import closed
-from ciliate.policy.parse import API_VERSIONS, parse_object
-from ciliate.policy.rules import PolicyError, PolicyObject
+from ciliate.policy.parse import API_VERSIONS, parse_cidr_group, parse_object
+from ciliate.policy.rules import CidrGroup, PolicyError, PolicyObject, ServiceFacts
 
 log = structlog.get_logger()
 Key = tuple[str, str, str]
 POLICY_KINDS: Final = frozenset(API_VERSIONS)
+_PARSERS: Final[Mapping[str, Callable[[Mapping[str, Any]], Any]]] = {
+    "Pod": parse_pod,
+    "Namespace": parse_namespace,
+    "Node": parse_node,
+    "Service": parse_service,
+    "EndpointSlice": parse_endpoint_slice,
+    "CiliumCIDRGroup": lambda document: parse_cidr_group(document, strict=False),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +60,7 @@ class Read:
     """An object as it was read. ``value`` None: the former one stays."""
 
     name: Key
-    value: Pod | Namespace | PolicyObject | None
+    value: Pod | Namespace | NodeObject | Service | EndpointSlice | CidrGroup | PolicyObject | None
     digest: str = ""
     rejected: Rejected | None = None
 
@@ -52,7 +75,12 @@ class ClusterObjects:
     def __init__(self, folder: Path) -> None:
         """``folder``: where last valid policies are kept. Error: OSError."""
         self.pods: dict[tuple[str, str], Pod] = {}
-        self.namespaces: dict[str, Namespace] = {}
+        self.namespaces: dict[tuple[str, str], Namespace] = {}
+        self.nodes: dict[tuple[str, str], NodeObject] = {}
+        self.services: dict[tuple[str, str], Service] = {}
+        self.slices: dict[tuple[str, str], EndpointSlice] = {}
+        self.groups: dict[tuple[str, str], CidrGroup] = {}
+        """All by (namespace, name); the namespace of clusterwide kinds is empty."""
         self.policies: dict[Key, PolicyObject] = {}
         """What is to be enforced, for every policy object that there is."""
         self.rejected: dict[Key, Rejected] = {}
@@ -61,6 +89,7 @@ class ClusterObjects:
         self.lingering: set[Key] = set()
         """Policies that only the last valid forms name, since some input cannot be read."""
         self._last_valid = LastValid(folder)
+        self._facts: dict[tuple[str, str], ServiceFacts] | None = None
         self._settled = False
 
     def read(self, key: ObjectKey, document: Mapping[str, Any]) -> Read | None:
@@ -71,19 +100,19 @@ class ClusterObjects:
         name: Key = (key.kind, key.namespace, key.name)
         try:
             match key.kind:
-                case "Pod":
-                    return Read(name=name, value=parse_pod(document))
-                case "Namespace":
-                    return Read(name=name, value=parse_namespace(document))
                 case kind if kind in API_VERSIONS:
-                    policy = parse_object(document)
+                    policy = parse_object(document, strict=False)
                     self._last_valid.keep(name, document)
                     return Read(name=name, value=policy, digest=_digest(document))
+                case kind if kind in _PARSERS:
+                    return Read(name=name, value=_PARSERS[kind](document))
                 case _:
                     return None
         except ObjectError as error:
             return Read(name=name, value=None, rejected=Rejected(problem=str(error)))
         except PolicyError as error:
+            if key.kind not in API_VERSIONS:
+                return Read(name=name, value=None, rejected=Rejected(problem=str(error)))
             value, instead = self._instead(name, document)
             rejected = Rejected(problem=str(error), instead=instead)
             return Read(name=name, value=value, digest=_digest(document), rejected=rejected)
@@ -104,17 +133,11 @@ class ClusterObjects:
     def learn(self, one: Read) -> None:
         """Take an object's new form."""
         kind, namespace, name = one.name
-        match one.value:
-            case Pod():
-                self.pods[namespace, name] = one.value
-            case Namespace():
-                self.namespaces[name] = one.value
-            case PolicyObject():
-                self.policies[one.name] = one.value
-            case None:
-                pass
-        if one.digest:
+        if isinstance(one.value, PolicyObject):
+            self.policies[one.name] = one.value
             self.digests[one.name] = one.digest
+        elif one.value is not None:
+            self._kept(kind)[namespace, name] = one.value
         if one.rejected is None:
             self.rejected.pop(one.name, None)
             return
@@ -125,15 +148,47 @@ class ClusterObjects:
         """Drop a deleted object. Error: OSError."""
         name: Key = (key.kind, key.namespace, key.name)
         self.rejected.pop(name, None)
-        match key.kind:
-            case "Pod":
-                self.pods.pop((key.namespace, key.name), None)
-            case "Namespace":
-                self.namespaces.pop(key.name, None)
-            case kind if kind in API_VERSIONS:
-                self.policies.pop(name, None)
-                self.digests.pop(name, None)
-                self._last_valid.forget(name)
+        if key.kind in API_VERSIONS:
+            self.policies.pop(name, None)
+            self.digests.pop(name, None)
+            self._last_valid.forget(name)
+        elif key.kind in _PARSERS:
+            self._kept(key.kind).pop((key.namespace, key.name), None)
+
+    def _kept(self, kind: str) -> dict[tuple[str, str], Any]:
+        """The objects of a kind, to be changed."""
+        kept: Mapping[str, dict[tuple[str, str], Any]] = {
+            "Pod": self.pods,
+            "Namespace": self.namespaces,
+            "Node": self.nodes,
+            "Service": self.services,
+            "EndpointSlice": self.slices,
+            "CiliumCIDRGroup": self.groups,
+        }
+        if kind in ("Service", "EndpointSlice"):
+            self._facts = None
+        return kept[kind]
+
+    def service_facts(self) -> dict[tuple[str, str], ServiceFacts]:
+        """Return what policies need of each Service: its pods' selector, or where its backends are."""
+        if self._facts is None:
+            self._facts = self._service_facts()
+        return self._facts
+
+    def _service_facts(self) -> dict[tuple[str, str], ServiceFacts]:
+        addresses: dict[tuple[str, str], list[Network]] = defaultdict(list)
+        for one in self.slices.values():
+            addresses[one.namespace, one.service] += [ip_network(address) for address in one.addresses]
+        return {
+            key: ServiceFacts(
+                namespace=one.namespace,
+                name=one.name,
+                labels=frozenset(k8s(name, value) for name, value in one.labels.items()),
+                selector=one.selector,
+                addresses=tuple(sorted(set(addresses[key]), key=str)) if not one.selector else (),
+            )
+            for key, one in self.services.items()
+        }
 
     def settle(self, present: Set[ObjectKey], *, unreadable: bool) -> None:
         """All objects that there are have been learned. Error: OSError.

@@ -92,6 +92,11 @@ def cidr_labels(network: Network) -> Labels:
     return frozenset({f"cidr:{network}", "reserved:world", f"reserved:world-ipv{network.version}"})
 
 
+def node_labels(labels: Mapping[str, str]) -> Labels:
+    """Return the labels of another node's identity: those of its Node object have source ``node``."""
+    return frozenset({"reserved:remote-node", *(f"node:{key}={value}" for key, value in labels.items())})
+
+
 def split(label: str) -> tuple[str, str, str]:
     """Return (source, key, value) of a label."""
     source, _, rest = label.partition(":")

@@ -1,6 +1,6 @@
 """Policies after parsing: one small rule form for all kinds. Everything here is a value."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 
@@ -169,6 +169,17 @@ class PolicyObject:
     def key(self) -> tuple[str, str, str]:
         """What names it: kind, namespace, name."""
         return self.kind, self.namespace, self.name
+
+
+def names_nodes(objects: Iterable[PolicyObject]) -> bool:
+    """Whether any policy names other nodes by their labels: only then they need identities of their own."""
+    return any(
+        isinstance(peer, NodePeer)
+        for one in objects
+        for subject in one.subjects
+        for rule in subject.rules
+        for peer in rule.peers or ()
+    )
 
 
 class PolicyError(ValueError):
