@@ -10,7 +10,9 @@ import watchfiles
 import yaml
 
 _SUFFIXES: Final = frozenset({".yaml", ".yml", ".json"})
-_CLUSTER_WIDE: Final = frozenset({"Namespace", "Node", "CiliumClusterwideNetworkPolicy", "CiliumNode"})
+_CLUSTER_WIDE: Final = frozenset(
+    {"Namespace", "Node", "CiliumClusterwideNetworkPolicy", "ClusterNetworkPolicy", "CiliumCIDRGroup", "CiliumNode"}
+)
 _LOADER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 Raw = Mapping[str, Any]
 
