@@ -48,19 +48,19 @@ def _integer(value: Any) -> bool:
 def _fields(at: At, of: Fields) -> None:
     if not isinstance(at.value, Mapping):
         at.fail(f"a mapping is expected, not {kind(at.value)}")
-    for name in at.value:
-        if name not in of.fields:
+    for name, value in at.value.items():
+        field = of.fields.get(name)
+        if field is None:
             _unknown(at, name, of)
-    for name, field in of.fields.items():
-        child = at.child(name)
-        if child.absent:
-            if field.required:
-                child.fail("must be set")
-        elif field.refused:
-            if child.value not in ([], {}, ""):
-                child.fail(field.refused)
-        else:
-            check(child, field.of)
+        elif value is None:
+            continue
+        elif not field.refused:
+            check(at.child(name), field.of)
+        elif value not in ([], {}, ""):
+            at.child(name).fail(field.refused)
+    for name in of.required:
+        if at.value.get(name) is None:
+            at.child(name).fail("must be set")
     if of.one_of:
         given = [name for name in of.one_of if at.value.get(name) is not None]
         if len(given) > 1:
@@ -107,7 +107,7 @@ def _text(at: At, of: Text) -> None:
         at.fail(f'must be a string: write "{shown(value)}"')
     if not isinstance(value, str):
         at.fail(f"a string is expected, not {kind(value)}")
-    if "\0" in value or any(0xD800 <= ord(one) <= 0xDFFF for one in value):
+    if "\0" in value or (not value.isascii() and any(0xD800 <= ord(one) <= 0xDFFF for one in value)):
         at.fail(f"{shown(value)} has characters that no name or pattern can have")
     if of.enum and (value.upper() if of.folded else value) not in of.enum:
         at.fail(f"{shown(value)} is none of {', '.join(of.enum)}")
@@ -124,7 +124,10 @@ def _pairs(at: At, of: Pairs) -> None:
         at.fail(f"a mapping is expected, not {kind(at.value)}")
     for key, value in at.value.items():
         if not isinstance(key, str) or not isinstance(value, str):
-            at.fail(f"{shown(key)}: strings are expected; put quotes around {shown(value)}")
+            what = (
+                'write ""' if value is None else f"put quotes around {shown(key if isinstance(value, str) else value)}"
+            )
+            at.fail(f"{shown(key)}: strings are expected; {what}")
         if (of.most and len(value) > of.most) or (of.pattern and not _compiled(of.pattern).fullmatch(value)):
             at.fail(f"{shown(key)}: {shown(value)} is not a valid label value")
 

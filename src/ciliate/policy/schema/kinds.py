@@ -1,7 +1,7 @@
 """The vocabulary in which the fields of policy objects are declared. Values only."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +77,11 @@ class Fields:
     one_of: tuple[str, ...] = ()
     any_of: tuple[str, ...] = ()
     growing: bool = False
+    required: tuple[str, ...] = field(init=False)
+    """The fields that must be set."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "required", tuple(name for name, one in self.fields.items() if one.required))
 
 
 Kind = Text | Number | NumberOrText | Flag | Pairs | Anything | Many | Fields
