@@ -57,6 +57,11 @@ SUBJECTS = [
     ({"namespaces": {"matchLabels": {"team": "a"}}}, (TEAM,)),
     ({"pods": {"namespaceSelector": {}, "podSelector": {"matchLabels": {"app": "a"}}}}, (APP, ANYWHERE)),
     ({"pods": {"namespaceSelector": {"matchLabels": {"team": "a"}}, "podSelector": {}}}, (TEAM,)),
+    ({"pods": {"podSelector": {"matchLabels": {"app": "a"}}}}, (APP, ANYWHERE)),
+    (
+        {"pods": {"podSelector": {"matchLabels": {"reserved:host": ""}}}},
+        (Requirement(key="reserved:host", operator=Operator.IN, values=("",)),),
+    ),
 ]
 
 
@@ -149,8 +154,8 @@ REFUSED = [
     (tiered(priority="1"), "spec.priority: '1' is not a number in 0..1000"),
     (tiered(subject=None), "spec.subject: must be set"),
     (tiered(subject={}), "spec.subject: one of namespaces, pods must be set"),
-    (tiered(subject={"namespaces": {}, "pods": {}}), "spec.subject.pods.namespaceSelector: must be set"),
-    (tiered(subject={"pods": {"podSelector": {}}}), "spec.subject.pods.namespaceSelector: must be set"),
+    (tiered(subject={"namespaces": {}, "pods": {"podSelector": {}}}), "namespaces and pods cannot be combined"),
+    (tiered(subject={"pods": {"namespaceSelector": {}}}), "spec.subject.pods.podSelector: must be set"),
     (tiered(ingress=[{"action": "Deny", "from": ALL}] * 26), "spec.ingress: 26 ingress; at most 25 are allowed"),
     (ingress(action="Allow"), "spec.ingress[0].action: 'Allow' is none of Accept, Deny, Pass"),
     (ingress(action=None), "spec.ingress[0].action: must be set"),

@@ -51,7 +51,7 @@ def l7(at: At, place: Place) -> L7 | None:
     return L7(
         protocol=protocol,
         rules=found,
-        server_names=tuple(sorted(one.value.lower().rstrip(".") for one in names.items())),
+        server_names=tuple(sorted({dns_pattern(one.value) for one in names.items()})),
         terminating=terminating,
         originating=originating,
         listener=listener,
@@ -179,11 +179,9 @@ def _kafka(at: At, place: Place) -> tuple[KafkaRule, ...]:
 
 def _dns(at: At, place: Place) -> tuple[DnsRule, ...]:
     del place
-    name, pattern = at.text("matchName"), at.text("matchPattern")
-    if not name and not pattern:
-        at.fail("one of matchName, matchPattern must be set")
-    found = [DnsRule(name=dns_name(name))] if name else []
-    return tuple([*found, DnsRule(pattern=dns_pattern(pattern))] if pattern else found)
+    if at.child("matchName").absent:
+        return (DnsRule(pattern=dns_pattern(at.text("matchPattern"))),)
+    return (DnsRule(name=dns_name(at.text("matchName"))),)
 
 
 def dns_name(text: str) -> str:

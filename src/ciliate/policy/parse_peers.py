@@ -113,12 +113,9 @@ def _service(at: At, place: Place, init: bool) -> tuple[Peer, ...]:
 
 def _fqdn(at: At, place: Place, init: bool) -> tuple[Peer, ...]:
     del place, init
-    name, pattern = at.text("matchName"), at.text("matchPattern")
-    if name and pattern:
-        at.fail("matchName and matchPattern cannot be combined")
-    if not name and not pattern:
-        at.fail("one of matchName, matchPattern must be set")
-    return (FqdnPeer(name=dns_name(name)) if name else FqdnPeer(pattern=dns_pattern(pattern)),)
+    if at.child("matchName").absent:
+        return (FqdnPeer(pattern=dns_pattern(at.text("matchPattern"))),)
+    return (FqdnPeer(name=dns_name(at.text("matchName"))),)
 
 
 _PARSERS: Final[Mapping[str, Callable[[At, Place, bool], tuple[Peer, ...]]]] = {

@@ -25,7 +25,13 @@ from ciliate.policy.rules import (
     Tier,
 )
 from ciliate.policy.schema.kubernetes import TIER_EGRESS_PEER, TIER_INGRESS_PEER
-from ciliate.policy.selecting import any_namespace, namespace_selector, plain_selector, pod_selector
+from ciliate.policy.selecting import (
+    any_namespace,
+    cilium_selector,
+    mentions_reserved,
+    namespace_selector,
+    plain_selector,
+)
 
 _TIERS: Final = {"Admin": Tier.ADMIN, "Baseline": Tier.BASELINE}
 _ACTIONS: Final = {"Accept": Action.ALLOW, "Deny": Action.DENY, "Pass": Action.PASS}
@@ -63,7 +69,10 @@ def _pods(at: At) -> tuple[Requirement, ...]:
         return ()
     if at.name == "namespaces":
         return namespace_selector(at)
-    return (*pod_selector(at.child("podSelector")), *namespace_selector(at.child("namespaceSelector")))
+    pods, namespaces = cilium_selector(at.child("podSelector"), "k8s"), at.child("namespaceSelector")
+    if not namespaces.absent:
+        return (*pods.requirements, *namespace_selector(namespaces))
+    return pods.requirements if mentions_reserved(pods) else (*pods.requirements, any_namespace())
 
 
 def _rules(at: At, owner: Owner, where: tuple[str, int], pattern: Rule) -> Iterator[Rule]:

@@ -14,9 +14,7 @@ SOURCES: Final = (
     "generated",
 )  # fmt: skip
 """Where labels come from; a requirement on another source is never met."""
-_FREE_SOURCES: Final = ("reserved", "cidr", "fqdn")
-"""Sources whose keys are not Kubernetes label keys (addresses, patterns)."""
-_SOURCE: Final = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
+_SOURCE: Final = re.compile(r"[A-Za-z0-9]+")
 _PREFIX: Final = re.compile(DNS_SUBDOMAIN)
 _NAME: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?")
 _LONGEST_PREFIX: Final = 253
@@ -26,13 +24,8 @@ _NEGATIVE: Final = (Operator.NOT_IN, Operator.DOES_NOT_EXIST)
 
 
 def cilium_key(text: str, default: str = "any") -> str:
-    """Return ``source:key``; Cilium also writes ``reserved.key``, and without a source ``default`` is meant."""
-    source, colon, rest = text.partition(":")
-    if colon:
-        return f"{source}:{rest}"
-    if text.startswith("reserved."):
-        return f"reserved:{text.removeprefix('reserved.')}"
-    return f"{default}:{text}"
+    """Return ``source:key``; a source stands before a colon, without one ``default`` is meant."""
+    return text if ":" in text else f"{default}:{text}"
 
 
 def cilium_selector(at: At, default: str = "any") -> Selector:
@@ -110,14 +103,12 @@ def _checked(at: At, key: str) -> str:
         at.fail(f"{shown(key)} is not a valid label key: {shown(source)} is no source of labels")
     if source not in SOURCES:
         at.warn(f"no label has the source {shown(source)} (sources: {', '.join(SOURCES)})")
-    if not _valid(source, rest):
+    if not _valid(rest):
         at.fail(f"{shown(rest)} is not a valid label key")
     return key
 
 
-def _valid(source: str, key: str) -> bool:
-    if source in _FREE_SOURCES:
-        return bool(key) and key.isprintable() and "=" not in key and len(key) <= _LONGEST_PREFIX + _LONGEST_NAME
+def _valid(key: str) -> bool:
     prefix, slash, name = key.rpartition("/")
     if slash and (len(prefix) > _LONGEST_PREFIX or not _PREFIX.fullmatch(prefix)):
         return False

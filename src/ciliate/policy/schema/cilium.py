@@ -39,7 +39,8 @@ CIDR_RULE: Final = Fields(
     ),
 )
 FQDN_SELECTOR: Final = Fields(
-    name="toFQDNs[], dns[]",
+    name="toFQDNs[]",
+    one_of=("matchName", "matchPattern"),
     fields=fields(
         matchName=Field(
             of=Text(pattern=FQDN, what="a DNS name", most=LONGEST_FQDN),

@@ -106,15 +106,16 @@ KAFKA: Final = Fields(
     ),
 )  # fmt: skip
 DNS: Final = Fields(
+    one_of=("matchName", "matchPattern"),
     fields=fields(
         matchName=Field(
             of=Text(pattern=FQDN, what="a DNS name", most=LONGEST_FQDN), text="A name that may be asked for."
         ),
         matchPattern=Field(
             of=Text(pattern=FQDN_PATTERN, what="a pattern of DNS names", most=LONGEST_FQDN),
-            text="Names that may be asked for; with `matchName`: either.",
+            text="Names that may be asked for.",
         ),
-    )
+    ),
 )
 RULES: Final = Fields(
     name="rules",
@@ -142,14 +143,13 @@ TO_PORTS: Final = Field(
                 serverNames=Field(
                     of=Many(
                         of=Text(
-                            least=1, most=LONGEST_FQDN,
-                            pattern=rf"(\*\*?\.)?{FQDN}|\*\*?",
-                            what="a server name (a wildcard stands first: *.x, **.x)",
+                            least=1, most=LONGEST_FQDN, pattern=FQDN_PATTERN,
+                            what="a server name or a pattern of them",
                         ),
                         least=1,
                         unique=True,
                     ),
-                    text="TLS server names (SNI). With `rules`, TLS must be terminated.",
+                    text="TLS server names (SNI), or patterns as for DNS. With `rules`, TLS must be terminated.",
                 ),
                 terminatingTLS=Field(of=TLS, text="TLS from the client ends in the proxy, with these certificates."),
                 originatingTLS=Field(of=TLS, text="The proxy speaks TLS to the server, and trusts these."),

@@ -23,7 +23,8 @@ SELECTOR: Final = Fields(
         matchLabels=Field(
             of=Pairs(pattern=LABEL_VALUE, most=63),
             text="Labels that must be there with this value. A key may name its source (`k8s:app`, `reserved:host`, "
-            "`any:app`); in a NetworkPolicy and a ClusterNetworkPolicy all are `k8s`.",
+            "`any:app`); "
+            "without one any is meant, in a NetworkPolicy and a ClusterNetworkPolicy `k8s`.",
         ),
         matchExpressions=Field(
             of=Many(

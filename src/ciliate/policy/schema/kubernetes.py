@@ -80,8 +80,12 @@ DOMAIN: Final = (
 )  # fmt: skip
 PODS: Final = Fields(
     fields=fields(
-        namespaceSelector=Field(of=SELECTOR, text="Namespaces by their labels; `{}` is all.", required=True),
-        podSelector=Field(of=SELECTOR, text="Pods in them; `{}` is all.", required=True),
+        namespaceSelector=Field(of=SELECTOR, text="Namespaces by their labels; absent or `{}`: all."),
+        podSelector=Field(
+            of=SELECTOR,
+            text="Pods in them; `{}` is all. Without namespaces it may name what is no pod, as `reserved:host`.",
+            required=True,
+        ),
     )
 )
 _PODS: Final = fields(

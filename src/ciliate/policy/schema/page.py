@@ -27,8 +27,9 @@ Where Ciliate is stricter than Cilium, on purpose:
   enforced.
 - `toFQDNs: []` and `toServices: []` are about nobody, as every other empty list of peers; Cilium takes them as
   everybody.
-- An entry of `toFQDNs` or `dns` without a name and without a pattern, an entry of `toServices` with a Service and a
-  selector, an `endPort` less than its port, and an ICMP type over 255 are refused.
+- `http: []` and `dns: []` allow no request; Cilium takes them as if there were no rules, and lets everything through.
+- An entry of `toServices` with a Service and a selector, an `endPort` less than its port, and an ICMP type over 255
+  are refused.
 - `serverNames`, TLS and listeners need TCP; with protocol `ANY` they are about TCP alone. They are not for nodes.
 
 Empty things: `ingress: [{}]` denies by default and allows nothing; `ingress: []` alone is refused; an empty list of
