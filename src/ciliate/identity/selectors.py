@@ -151,9 +151,10 @@ class Watch:
 
     def matches(self, keys: set[Key]) -> bool:
         """Whether a row with these keys is one of them."""
-        if not self.unwanted.isdisjoint(keys):
-            return False
-        return not any(one.isdisjoint(keys) for one in self.wanted)
+        for one in self.wanted:
+            if one.isdisjoint(keys):
+                return False
+        return self.unwanted.isdisjoint(keys)
 
 
 def selector_watch(selector: Selector, changed: Callable[[int], object]) -> Watch:
@@ -281,10 +282,11 @@ class LabelIndex:
             if not filed:
                 del self._watches[key]
 
-    def _breadth(self, keys: frozenset[Key]) -> tuple[int, int]:
-        """How many rows have one of the keys, and, before there are rows, how many may have."""
+    def _breadth(self, keys: frozenset[Key]) -> tuple[int, int, int]:
+        """How many rows have one of the keys, and, before there are rows, how many watches ask for it already."""
         rows = sum(len(self._postings.get(key, ())) for key in keys)
-        return rows, max(map(_rank, keys), default=0)
+        watches = sum(len(self._watches.get(key, ())) for key in keys)
+        return rows, watches, max(map(_rank, keys), default=0)
 
     def stored(self) -> int:
         """Return how many postings and watches are kept: none when all is removed."""
