@@ -20,6 +20,8 @@ Key = tuple[str, str, str]
 INIT: Final[Key] = ("Default", "", "init")
 """Imposes default deny on a pod whose labels are not known yet."""
 INIT_LABEL: Final = "reserved:init"
+Pair = tuple[PolicyImage | None, PolicyImage | None]
+"""(egress, ingress)."""
 _CACHED: Final = 4096
 _ROWS: Final = 1 << 16
 _VARIANTS: Final = 64
@@ -49,7 +51,7 @@ class _Subject:
 class _Endpoint:
     """A label set that endpoints have, with the subjects that select it and the images made for it."""
 
-    __slots__ = ("images", "labels", "moved", "ordered", "subjects")
+    __slots__ = ("images", "labels", "moved", "ordered", "pairs", "subjects")
 
     def __init__(self, labels: Labels) -> None:
         self.labels = labels
@@ -57,6 +59,7 @@ class _Endpoint:
         self.ordered: tuple[_Subject, ...] = ()
         self.moved = True
         self.images: dict[tuple[Direction, NamedPorts], Resolved | None] = {}
+        self.pairs: dict[NamedPorts, tuple[Resolved | None, Resolved | None, Pair]] = {}
 
 
 class _Selection:
@@ -65,20 +68,21 @@ class _Selection:
     def __init__(self) -> None:
         self._sets = LabelSets()
         self._endpoints: dict[int, _Endpoint] = {}
+        self._by_labels: dict[Labels, _Endpoint] = {}
 
     def endpoint(self, labels: Labels) -> _Endpoint | None:
         """Return a label set that is followed already."""
-        position = self._sets.rows.get(labels)
-        return None if position is None else self._endpoints[position]
+        return self._by_labels.get(labels)
 
     def follow(self, labels: Labels) -> _Endpoint:
         """Begin to follow a label set."""
-        one = _Endpoint(labels)
+        one = self._by_labels[labels] = _Endpoint(labels)
         self._sets.add(labels, lambda position: self._endpoints.setdefault(position, one))
         return one
 
     def drop(self, labels: Labels) -> _Endpoint:
         """Stop following a label set; return it."""
+        del self._by_labels[labels]
         return self._endpoints.pop(self._sets.remove(labels))
 
     def all(self) -> list[_Endpoint]:
@@ -130,6 +134,7 @@ class PolicyEngine:
         self._resolved: dict[tuple[object, ...], Resolved] = {}
         self._rows: RowsCache = {}
         self._unused = False
+        self._generation = 0
 
     # ---- input ------------------------------------------------------------------------------------------------
 
@@ -141,6 +146,7 @@ class PolicyEngine:
         """Add a policy, or replace the one of that name."""
         old = self._objects.get(one.key)
         if old == one:
+            self._objects[one.key] = one
             return
         self._count(one, 1)
         before = self._subjects.get(one.key, ())
@@ -207,14 +213,14 @@ class PolicyEngine:
 
     # ---- output -----------------------------------------------------------------------------------------------
 
-    def resolve(self, labels: Labels, ports: NamedPorts = frozenset()) -> tuple[PolicyImage | None, PolicyImage | None]:
+    def resolve(self, labels: Labels, ports: NamedPorts = frozenset()) -> Pair:
         """Return the (egress, ingress) images of an endpoint; None: no policy selects it, everything is allowed.
 
-        An image is the same object until it says something else.
+        An image, and the pair, is the same object until it says something else.
         """
         return self._pair(self._pods, labels, ports, node=False)
 
-    def resolve_host(self, labels: Labels) -> tuple[PolicyImage | None, PolicyImage | None]:
+    def resolve_host(self, labels: Labels) -> Pair:
         """Return the (egress, ingress) images of the node itself. ``labels``: the node's, and ``reserved:host``."""
         return self._pair(self._nodes, labels, frozenset(), node=True)
 
@@ -255,21 +261,31 @@ class PolicyEngine:
             one.moved = False
         return one.ordered
 
-    def _pair(
-        self, selection: _Selection, labels: Labels, ports: NamedPorts, *, node: bool
-    ) -> tuple[PolicyImage | None, PolicyImage | None]:
+    def _pair(self, selection: _Selection, labels: Labels, ports: NamedPorts, *, node: bool) -> Pair:
         one = self._followed(selection, labels)
+        if self._generation != self.identities.generation:
+            self._generation = self.identities.generation
+            for resolved in self._resolved.values():
+                resolved.stale = True
+        if not one.moved and (found := one.pairs.get(ports)) is not None:
+            egress, ingress, pair = found
+            if (egress is None or not egress.stale) and (ingress is None or not ingress.stale):
+                return pair
         self._ordered(one)
-        egress = self._image(one, Direction.EGRESS, frozenset(), node=node)
-        ingress = self._image(one, Direction.INGRESS, ports, node=node)
+        if len(one.images) >= _VARIANTS:
+            self._drop_images(one)
+        pair = (
+            self._image(one, Direction.EGRESS, frozenset(), node=node),
+            self._image(one, Direction.INGRESS, ports, node=node),
+        )
+        variants = (Direction.EGRESS, frozenset[tuple[str, int, int]]()), (Direction.INGRESS, ports)
+        one.pairs[ports] = one.images[variants[0]], one.images[variants[1]], pair
         self._sweep()
-        return egress, ingress
+        return pair
 
     def _image(self, one: _Endpoint, direction: Direction, ports: NamedPorts, *, node: bool) -> PolicyImage | None:
         variant = (direction, ports)
         if variant not in one.images:
-            if len(one.images) >= _VARIANTS:
-                self._drop_images(one)
             one.images[variant] = self._resolve(self._selected(one, direction, ports, node=node))
         resolved = one.images[variant]
         return None if resolved is None else resolved.image()
@@ -307,6 +323,7 @@ class PolicyEngine:
                 resolved.uses -= 1
                 self._unused |= resolved.uses == 0
         one.images = {}
+        one.pairs = {}
 
     def _sweep(self) -> None:
         """Close images that no endpoint has."""

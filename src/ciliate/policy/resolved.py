@@ -106,7 +106,7 @@ class _Layer:
 
 
 class Resolved:
-    """A live image. ``uses``: endpoints that have it."""
+    """A live image. ``uses``: endpoints that have it; ``stale``: it may say something else now."""
 
     def __init__(self, selected: Selected, index: IdentityIndex, peers: PeerResolver, cache: RowsCache) -> None:
         self.selected = selected
@@ -128,6 +128,7 @@ class Resolved:
             if selected.direction is Direction.EGRESS
             else ()
         )
+        self._contested = False
         self._defaults: dict[Scope, tuple[tuple[object, ...], Compiled]] = {}
         self._default_rows: dict[Scope, ClassRows] = {}
         self._unknown_rows: dict[Scope, ClassRows] = {}
@@ -138,7 +139,7 @@ class Resolved:
         self._places: dict[int, int] = {}
         self._generation = -1
         self._image: PolicyImage | None = None
-        self._stale = self._renamed = True
+        self.stale = self._renamed = True
         for group in self._groups:
             group.listeners[self._changed] = None
         for name in self._names:
@@ -153,10 +154,10 @@ class Resolved:
             self._index.unlisten_ports(name, self._ports_changed)
 
     def _changed(self) -> None:
-        self._stale = True
+        self.stale = True
 
     def _ports_changed(self) -> None:
-        self._stale = self._renamed = True
+        self.stale = self._renamed = True
 
     # ---- what holds for whole scopes ------------------------------------------------------------------------------
 
@@ -183,6 +184,7 @@ class Resolved:
             self._defaults[scope] = key, made[key]
             if rows := made[key].rows():
                 self._default_rows[scope] = rows
+                self._contested |= bool(made[key].problems)
             maybe = list(self._maybe(scope))
             if not maybe:
                 least = rows
@@ -264,6 +266,7 @@ class Resolved:
             compiled.problems.clear()
             rows = compiled.differing(entries, self._of_host if host else None)
             found = self._cache[key] = (rows, tuple(compiled.problems))
+        self._contested |= bool(found[1])
         return found
 
     def _of_host(self, entries: Sequence[Entry]) -> Answer | None:
@@ -274,9 +277,9 @@ class Resolved:
 
     def image(self) -> PolicyImage:
         """Return the image as of now."""
-        if self._image is None or self._stale or self._generation != self._index.generation:
+        if self._image is None or self.stale:
             self._image = self._refresh()
-            self._stale = self._renamed = False
+            self.stale = self._renamed = False
         return self._image
 
     def _refresh(self) -> PolicyImage:
@@ -356,7 +359,12 @@ class Resolved:
                 classes.append(rows)
         if len(classes) > 2 * len(self._parts) * len(Scope) + _FEW:
             return self._build()
-        keep = ~np.isin(old.identities, np.array(list(fresh), np.uint32))
+        keep = np.ones(len(old.identities), np.bool_)
+        touched = np.array(list(fresh), np.uint32)
+        at = np.searchsorted(old.identities, touched)
+        inside = at < len(old.identities)
+        at = at[inside]
+        keep[at[old.identities[at] == touched[inside]]] = False
         added = {number: self._places[id(rows)] for number, rows in fresh.items() if rows}
         numbers = np.concatenate([old.identities[keep], np.array(list(added), np.uint32)])
         places = np.concatenate([old.places[keep], np.array(list(added.values()), np.int32)])
@@ -378,6 +386,8 @@ class Resolved:
     def problems(self) -> Iterator[str]:
         """Yield why rules of this image cannot be served as written."""
         self.image()
+        if not self._contested:
+            return
         for _, compiled in self._defaults.values():
             compiled.problems.clear()
             compiled.rows()
