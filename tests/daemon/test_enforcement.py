@@ -2,20 +2,21 @@
 
 import asyncio
 from collections.abc import Mapping
+from ipaddress import ip_address
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from ciliate.daemon.cidrs import CidrIdentities
 from ciliate.daemon.endpoints import EndpointTable
-from ciliate.daemon.enforcement import Enforcement
-from ciliate.daemon.ipcache import IpTable, PodAddress
+from ciliate.daemon.enforcement import Enforcement, Wanted
+from ciliate.daemon.ipcache import IpTable, NodeAddresses, PodAddress
 from ciliate.datapath.policy import PolicyReport
 from ciliate.identity.numbers import IdentityId
+from ciliate.identity.selectors import IdentityChange
 from ciliate.policy.engine import PolicyEngine
-from ciliate.policy.parse import parse_object
+from ciliate.policy.parse import parse_cidr_group, parse_object
 from tests.daemon.test_state import endpoint
 
 COMMON = {"k8s:io.kubernetes.pod.namespace=default", "k8s:io.cilium.k8s.policy.cluster=default"}
@@ -28,6 +29,7 @@ class Notes:
     def __init__(self) -> None:
         self.taken: list[tuple[str, Any]] = []
         self.fail = ""
+        self.known: set[IdentityId] = set()
         self.ipcache = SimpleNamespace(
             sync=lambda rows, prune: self._note("sync", dict(rows)),
             upsert=lambda rows: self._note("upsert", dict(rows)),
@@ -44,7 +46,11 @@ class Notes:
 
     def apply_policy(self, desired: Mapping[Any, Any], known: Any, *, complete: bool) -> PolicyReport:
         assert complete
-        self._note("policy", (dict(desired), set(known)))
+        if isinstance(known, IdentityChange):
+            self.known = (self.known - {*known.removed}) | {*known.added}
+        else:
+            self.known = set(known)
+        self._note("policy", (dict(desired), set(self.known)))
         return PolicyReport(epoch=1, rows_written=0, alarms=(), identities_over=0)
 
 
@@ -60,6 +66,8 @@ def policy(*peers: dict[str, Any]) -> Any:
 
 
 class Bench:
+    worker: "asyncio.Task[None]"
+
     def __init__(self, folder: Path) -> None:
         self.datapath, self.table = Notes(), IpTable()
         endpoints = EndpointTable(folder / "endpoints.json")
@@ -71,14 +79,22 @@ class Bench:
             PolicyEngine(),
             endpoints,
             self.table,
-            CidrIdentities(folder / "cidrs.json"),
+            folder,
             SimpleNamespace(),  # type: ignore[arg-type]
         )
         self.work.learn_identity(IdentityId(300), SERVER)
 
-    def set(self, *policies: Any) -> int:
-        self.work.set_policies({one.key: one for one in policies})
+    def set(self, *policies: Any, **wanted: Any) -> int:
+        self.work.want(Wanted(policies={one.key: one for one in policies}, **wanted))
         return self.work.request()
+
+    async def enforced(self, number: int) -> Any:
+        """Return the outcome of a pass; fail with the worker's own error if that has ended."""
+        waiting = asyncio.ensure_future(self.work.enforced(number))
+        await asyncio.wait({waiting, self.worker}, return_when=asyncio.FIRST_COMPLETED)
+        if self.worker.done():
+            self.worker.result()
+        return await waiting
 
     @property
     def kinds(self) -> list[str]:
@@ -88,22 +104,21 @@ class Bench:
 @pytest.fixture
 async def bench(tmp_path: Path) -> Any:
     one = Bench(tmp_path)
-    async with asyncio.TaskGroup() as group:
-        task = group.create_task(one.work.run())
-        yield one
-        task.cancel()
+    one.worker = asyncio.ensure_future(one.work.run())
+    yield one
+    one.worker.cancel()
 
 
 async def test_nothing_is_written_before_every_source_has_reported(bench: Bench) -> None:
     """Else a restart would open what a policy closes that was not read yet."""
     early = bench.work.request()
-    waiting = asyncio.create_task(bench.work.enforced(early))
+    waiting = asyncio.create_task(bench.enforced(early))
     for _ in range(50):
         await asyncio.sleep(0)
     assert not bench.datapath.taken
     number = bench.set(policy({"fromEndpoints": [{"matchLabels": {"app": "client"}}]}))
     bench.work.begin()
-    await bench.work.enforced(number)
+    await bench.enforced(number)
     await waiting
     assert bench.kinds == ["sync", "policy"]
     (desired, known) = bench.datapath.taken[1][1]
@@ -116,11 +131,11 @@ async def test_nothing_is_written_before_every_source_has_reported(bench: Bench)
 async def test_a_new_identity_is_in_the_policies_before_its_address_is_in_the_ipcache(bench: Bench) -> None:
     number = bench.set(policy({"fromEndpoints": [{"matchLabels": {"app": "client"}}]}))
     bench.work.begin()
-    await bench.work.enforced(number)
+    await bench.enforced(number)
     bench.datapath.taken.clear()
     bench.work.learn_identity(IdentityId(301), CLIENT)
     bench.table.set_pod("10.1.0.9", PodAddress(identity=IdentityId(301), host="192.0.2.2"))
-    await bench.work.enforced(bench.work.request())
+    await bench.enforced(bench.work.request())
     assert bench.kinds[:3] == ["policy", "upsert", "delete"]
     desired, known = bench.datapath.taken[0][1]
     assert 301 in desired[1][1].members
@@ -130,10 +145,10 @@ async def test_a_new_identity_is_in_the_policies_before_its_address_is_in_the_ip
 async def test_a_cidr_leaves_the_ipcache_before_its_identity_goes(bench: Bench) -> None:
     number = bench.set(policy({"fromCIDR": ["192.0.2.0/24"]}))
     bench.work.begin()
-    await bench.work.enforced(number)
+    await bench.enforced(number)
     (identity,) = (row.identity for row in bench.datapath.taken[0][1].values())
     bench.datapath.taken.clear()
-    await bench.work.enforced(bench.set())
+    await bench.enforced(bench.set())
     what, gone = next(one for one in bench.datapath.taken if one[0] == "delete" and one[1])
     assert [str(one) for one in gone] == ["192.0.2.0/24"]
     with_it = [known for what, value in bench.datapath.taken if what == "policy" for known in [value[1]]]
@@ -141,16 +156,63 @@ async def test_a_cidr_leaves_the_ipcache_before_its_identity_goes(bench: Bench) 
     assert bench.kinds.index("policy") < bench.datapath.taken.index((what, gone)) < len(bench.kinds) - 1
 
 
+def group(*cidrs: str) -> Any:
+    document = {
+        "apiVersion": "cilium.io/v2",
+        "kind": "CiliumCIDRGroup",
+        "metadata": {"name": "g"},
+        "spec": {"externalCIDRs": list(cidrs)},
+    }
+    return parse_cidr_group(document)
+
+
+async def test_a_cidr_of_a_group_has_an_identity_in_the_policy_before_its_ipcache_row(bench: Bench) -> None:
+    by_group = policy({"fromCIDRSet": [{"cidrGroupRef": "g"}]})
+    number = bench.set(by_group, groups={"g": group("192.0.2.0/24")})
+    bench.work.begin()
+    await bench.enforced(number)
+    bench.datapath.taken.clear()
+    number = bench.set(by_group, groups={"g": group("192.0.2.0/24", "198.51.100.0/24")})
+    await bench.enforced(number)
+    first, second = bench.datapath.taken[:2]
+    assert (first[0], second[0]) == ("policy", "upsert")
+    (identity,) = (row.identity for row in second[1].values())
+    assert identity in first[1][0][1][1].members
+    bench.datapath.taken.clear()
+    await bench.enforced(bench.set(by_group, groups={}))
+    gone = [str(one) for what, value in bench.datapath.taken if what == "delete" for one in value]
+    assert sorted(gone) == ["192.0.2.0/24", "198.51.100.0/24"]
+
+
+async def test_other_nodes_have_identities_while_a_policy_names_them(bench: Bench) -> None:
+    address = ip_address("192.0.2.2")
+    bench.table.set_nodes({"n2": NodeAddresses(name="n2", addresses=(address,), underlay=address, local=False)})
+    nodes = {"n2": {"role": "edge"}}
+    number = bench.set(nodes=nodes)
+    bench.work.begin()
+    await bench.enforced(number)
+    assert [row.identity for row in bench.table.rows().values()] == [6]
+    bench.datapath.taken.clear()
+    by_node = policy({"fromNodes": [{"matchLabels": {"role": "edge"}}]})
+    await bench.enforced(bench.set(by_node, nodes=nodes))
+    ((prefix, row),) = next(value for what, value in bench.datapath.taken if what == "upsert").items()
+    assert (str(prefix), row.identity) == ("192.0.2.2/32", (2 << 24) + 1)
+    images = [value[0][1][1] for what, value in bench.datapath.taken if what == "policy"]
+    assert row.identity in images[-1].members
+    await bench.enforced(bench.set(nodes=nodes))
+    assert [one.identity for one in bench.table.rows().values()] == [6]
+
+
 async def test_a_failed_pass_is_repeated_and_loses_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     number = bench.set()
     bench.work.begin()
-    await bench.work.enforced(number)
+    await bench.enforced(number)
     loop = asyncio.get_running_loop()
     monkeypatch.setattr(loop, "call_later", lambda _, what, *rest: loop.call_soon(what, *rest))
     bench.datapath.fail = "upsert"
     bench.table.set_pod("10.1.0.9", PodAddress(identity=IdentityId(300), host="192.0.2.2"))
     passes = await bench.work.passed(0)
-    outcome = await bench.work.enforced(bench.work.request())
+    outcome = await bench.enforced(bench.work.request())
     assert outcome.problems == ["the datapath refused a change: upsert refused"]
     await bench.work.passed(passes + 1)
     assert not bench.work.last.problems

@@ -2,7 +2,7 @@
 
 from ciliate.daemon.named_ports import NamedPortTable
 from ciliate.identity.numbers import IdentityId
-from ciliate.policy.engine import NamedPorts
+from ciliate.identity.selectors import NamedPorts
 
 A, B = IdentityId(300), IdentityId(301)
 WEB80, WEB8080 = frozenset({("web", 6, 80)}), frozenset({("web", 6, 8080)})

@@ -23,10 +23,11 @@ from ciliate.daemon.ipcache import IpTable
 from ciliate.daemon.local_identities import cidr_identities, node_identities
 from ciliate.datapath.endpoints import EndpointId
 from ciliate.datapath.node import Datapath
-from ciliate.datapath.policy import Desired, PolicyReport
+from ciliate.datapath.policy import Desired, Known, PolicyReport
 from ciliate.identity.labels import Labels, cidr_labels, node_labels
 from ciliate.identity.numbers import IdentityId
-from ciliate.policy.engine import NamedPorts, PolicyEngine
+from ciliate.identity.selectors import NamedPorts
+from ciliate.policy.engine import PolicyEngine
 from ciliate.policy.image import RuleRef, RuleSet
 from ciliate.policy.l7 import HttpRule, L7Protocol
 from ciliate.policy.rules import CidrGroup, PolicyObject, ServiceFacts, names_nodes
@@ -95,6 +96,8 @@ class Enforcement:
         self._complete = asyncio.Event()
         self._pruned = False
         self._proxied: dict[int, RulesetSpec] = {}
+        self._version = -1
+        """Version of the identities that the datapath has; -1: what it has is not known."""
         self._asked = 0
         self._done = 0
         self._passes = 0
@@ -222,8 +225,13 @@ class Enforcement:
         await self._write(outcome, await asyncio.to_thread(self._resolve, self._snapshot(), objects))
 
     async def _write(self, outcome: Pass, desired: Desired) -> None:
-        known = list(self.engine.identities.rows)
+        index = self.engine.identities
+        version = index.version
+        known: Known | None = index.changes(self._version) if self._version >= 0 else None
+        if known is None:
+            known = list(index.rows)
         report: PolicyReport = await asyncio.to_thread(self._datapath.apply_policy, desired, known, complete=True)
+        self._version = version
         outcome.epoch, outcome.rows_written = report.epoch, outcome.rows_written + report.rows_written
         outcome.problems += [str(alarm) for alarm in report.alarms if str(alarm) not in outcome.problems]
         if report.identities_over:

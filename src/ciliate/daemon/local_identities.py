@@ -15,7 +15,7 @@ K = TypeVar("K", Network, str)
 
 
 class LocalIdentities(Generic[K]):
-    """What has a number -> the number. Rows of conntrack and policy maps outlive the agent, so the numbers do as well."""
+    """What has a number -> the number. Conntrack and policy rows outlive the agent, so the numbers do as well."""
 
     def __init__(self, path: Path, base: int, parse: Callable[[str], K]) -> None:
         """Read the numbers a former agent gave: from ``base`` + 1. Errors: OSError, ValueError."""

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from ciliate.identity.numbers import IdentityId
-from ciliate.policy.engine import NamedPorts
+from ciliate.identity.selectors import NamedPorts
 
 
 class NamedPortTable:
