@@ -290,6 +290,10 @@ class Datapath:
         with Netlink() as netlink:
             return netlink.link(name)
 
+    def pod_guarded(self, device: LinkState) -> bool:
+        """Return whether ``from_pod`` is on a pod's host-side device. Error: LinkError."""
+        return self.links.program_id(device.ifindex, Hook.INGRESS, _pin(device.name)) != 0
+
     def pod_interfaces(self) -> set[str]:
         """Return the names of all host-side pod devices, also those that nobody knows any more."""
         return set(devices.pod_devices())

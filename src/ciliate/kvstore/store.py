@@ -24,7 +24,7 @@ class FileStore:
         (root / _LOCKS).mkdir(parents=True, exist_ok=True)
 
     def _path(self, key: str) -> Path:
-        return self.root.joinpath(*(_quoted(part) for part in key.split("/") if part))
+        return self.root.joinpath(*(quoted(part) for part in key.split("/") if part))
 
     def _key(self, path: Path) -> str:
         return "/".join(unquote(part) for part in path.relative_to(self.root).parts)
@@ -80,7 +80,7 @@ class FileStore:
     @contextlib.contextmanager
     def locked(self, name: str) -> Iterator[None]:
         """Hold a lock that all nodes know."""
-        with (self.root / _LOCKS / f"{_quoted(name)}.lock").open("w") as file:
+        with (self.root / _LOCKS / f"{quoted(name)}.lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -118,7 +118,7 @@ class FileStore:
                 batch[name] = known[name] = value
 
 
-def _quoted(part: str) -> str:
-    """Return a file name for a key's part: never a hidden one."""
+def quoted(part: str) -> str:
+    """Return a file name for a key's part: never a hidden one. A file name has at most 255 octets."""
     name = quote(part, safe=_SAFE)
     return f"%2E{name[1:]}" if name.startswith(".") else name
