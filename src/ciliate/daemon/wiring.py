@@ -1,6 +1,7 @@
 """What the CNI plugin's logic asks of the agent: wire a pod's interface, take it away, look whether it is whole."""
 
 import asyncio
+import errno
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -9,7 +10,7 @@ from ciliate.cni.protocol import Attachment, AttachRequest, Reply, Route, Wiring
 from ciliate.daemon.api import CniCall
 from ciliate.daemon.endpoints import LAST_ID, LocalEndpoint
 from ciliate.datapath.devices import DeviceError, pod_device_name
-from ciliate.datapath.netlink import Netlink, in_netns
+from ciliate.datapath.netlink import Netlink, NetlinkError, in_netns
 from ciliate.ipam.pool import IpamError
 from ciliate.kvstore.identities import AllocationError
 
@@ -46,7 +47,13 @@ class AgentWiring:
         if one is None:
             one = self._new(request, device)
         try:
-            await self._wire(one)
+            try:
+                await self._wire(one)
+            except NetlinkError as error:
+                # Another container's interface may be on its way out of the same namespace, with the same name.
+                if error.errno != errno.EEXIST or not await agent.removals.settled():
+                    raise
+                await self._wire(one)
         except _FAILURES as error:
             await self._release(one)
             raise WiringError(f"pod {one.pod}: {error}") from error

@@ -76,7 +76,10 @@ class IdentityAllocator:
         own = f"{key}/{self._node}"
         number = _digits(self._store.get(own))
         self._store.delete(own)
-        if number is None or self._store.list(key):
+        if self._store.list(key):
+            return
+        self._store.prune(key)
+        if number is None:
             return
         labels = self._store.get(f"{IDS}/{number}")
         if labels is not None and _value_key(_labels(labels)) == key:

@@ -67,6 +67,11 @@ class FileStore:
             return False
         return True
 
+    def prune(self, prefix: str) -> None:
+        """Forget a prefix that has no keys: its folder goes. Nobody may write below it, or watch it, meanwhile."""
+        with contextlib.suppress(OSError):
+            self._path(prefix).rmdir()
+
     def list(self, prefix: str) -> dict[str, bytes]:
         """Return the keys below a prefix (a whole number of parts) with their values."""
         found = {}
