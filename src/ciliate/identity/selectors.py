@@ -7,11 +7,14 @@ identities that carry it. A selector is a few ANDs on such integers, whatever th
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Final
 
 from ciliate.identity.labels import Labels, Network, split
 from ciliate.identity.numbers import IdentityId
 
 Bitmap = int
+_VALUE: Final = "\0"
+"""Between key and value in a posting's name: a selector's key may hold any other character, and means no value then."""
 
 
 class Operator(StrEnum):
@@ -139,7 +142,7 @@ class IdentityIndex:
     def _any_of(self, one: Requirement) -> Bitmap:
         found = 0
         for value in one.values:
-            found |= self._postings.get(f"{one.key}={value}", 0)
+            found |= self._postings.get(f"{one.key}{_VALUE}{value}", 0)
         return found
 
     def members(self, bitmap: Bitmap) -> Iterator[IdentityId]:
@@ -160,9 +163,11 @@ class IdentityIndex:
         return found
 
 
-def _keys(labels: Labels) -> Iterator[str]:
+def _keys(labels: Labels) -> set[str]:
+    """Return the names of the postings that an identity is in."""
+    found = set()
     for label in labels:
         source, key, value = split(label)
         for prefix in (source, "any"):
-            yield f"{prefix}:{key}"
-            yield f"{prefix}:{key}={value}"
+            found |= {f"{prefix}:{key}", f"{prefix}:{key}{_VALUE}{value}"}
+    return found
