@@ -99,8 +99,8 @@ class FileStore:
         async for changes in watchfiles.awatch(folder, step=5, debounce=50, rust_timeout=1000, yield_on_timeout=True):
             batch: dict[str, bytes | None] = {}
             if not caught_up:  # what changed between the listing above and the watch
-                self._look(folder, known, batch)
                 now = self.list(prefix)
+                batch |= {key: value for key, value in now.items() if known.get(key) != value}
                 batch |= dict.fromkeys(known.keys() - now.keys())
                 known = now
                 caught_up = True
