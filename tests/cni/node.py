@@ -17,6 +17,7 @@ from typing import Any, Final, TypeVar
 
 import yaml
 
+from ciliate.cni.conflist import CONFLIST
 from ciliate.datapath.maps import Map
 from ciliate.datapath.netlink import in_netns
 from ciliate.kvstore.identities import VALUES
@@ -145,7 +146,7 @@ class Node:
         self.ready()
 
     def ready(self) -> None:
-        """Return when pods can be wired."""
+        """Return when pods can be wired, and a runtime can know it."""
 
         def asked() -> bool:
             assert self._process is not None
@@ -156,6 +157,7 @@ class Node:
                 return False
 
         until(asked, "the agent is ready", 120)
+        until((self.conf_dir / CONFLIST).exists, "the configuration is installed")
 
     def end(self, number: signal.Signals) -> None:
         """End the agent by a signal; return when it has ended."""

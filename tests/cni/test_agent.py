@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ciliate.cni.conflist import CONFLIST
 from tests.cni.node import OUTSIDE_IPS, CniFailure, Netns, Node, difference, namespaces, pod_object, until, wait_for
 
 pytestmark = pytest.mark.root
@@ -34,7 +35,7 @@ def ip(pod: Netns, *arguments: str) -> None:
 
 def test_the_installed_configuration_is_one_that_works(node: Node, stack: ExitStack) -> None:
     """The list as a runtime turns it into a plugin's configuration."""
-    listed = json.loads((node.conf_dir / "05-ciliate.conflist").read_text())
+    listed = json.loads((node.conf_dir / CONFLIST).read_text())
     (plugin,) = listed["plugins"]
     assert (node.bin_dir / plugin["type"]).stat().st_mode & 0o777 == 0o755
     pod = Netns(stack, "pod")

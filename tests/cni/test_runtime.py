@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import pytest
 
+from ciliate.cni.conflist import CONFLIST
 from tests.cni.node import Netns, Node, difference, pod_object, until, wait_for
 
 pytestmark = pytest.mark.root
@@ -261,7 +262,7 @@ def test_a_container_that_starts_while_the_agent_restarts(node: Node, runtime: R
 def test_the_runtime_tells_the_plugins_error(node: Node, runtime: Runtime, stack: ExitStack) -> None:
     """Somebody has written into the list what the plugin does not do."""
     before = node.snapshot()
-    conf = node.conf_dir / "05-ciliate.conflist"
+    conf = node.conf_dir / CONFLIST
     conf.write_text(conf.read_text().replace('"agentSocket"', '"ipam": {"type": "host-local"}, "agentSocket"'))
     process = runtime.start("broken")
     output, _ = process.communicate(timeout=60)
