@@ -1,5 +1,6 @@
 """The Kubernetes objects that the agent needs, typed."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -11,6 +12,10 @@ Address = IPv4Address | IPv6Address
 SERVICE_NAME: Final = "kubernetes.io/service-name"
 """Label of an EndpointSlice that names its Service."""
 PROTOCOLS: Final[Mapping[str, int]] = {"TCP": 6, "UDP": 17, "SCTP": 132}
+_NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
+_LABEL_VALUE: Final = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?")
+_LABEL_KEY: Final = re.compile(r"([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
+"""Source: k8s.io/apimachinery, pkg/util/validation."""
 
 
 class ObjectError(ValueError):
@@ -124,20 +129,43 @@ class NodeObject:
 def _convert(raw: Mapping[str, Any], type_: Any) -> Any:
     try:
         return msgspec.convert(raw, type_, strict=True)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, RecursionError) as error:
         metadata = raw.get("metadata")
         name = metadata.get("name", "?") if isinstance(metadata, dict) else "?"
         problem, _, where = str(error).rpartition(" - at ")
         raise ObjectError(f"{raw.get('kind')} {name}: {where.strip('`$.')}: {problem}") from error
 
 
+def _name(where: str, field_name: str, text: str) -> str:
+    """Return a name as the API server would take it. Error: ObjectError."""
+    if not _NAME.fullmatch(text) or len(text) > 253:
+        raise ObjectError(f"{where}: {field_name}: {text!r} is not a name")
+    return text
+
+
+def _labels(where: str, labels: Mapping[str, str] | None) -> Mapping[str, str]:
+    """Return labels as the API server would take them: no character that means something where they are kept. Error:
+    ObjectError.
+    """
+    for key, value in (labels or {}).items():
+        if not _LABEL_KEY.fullmatch(key) or len(key) > 317:
+            raise ObjectError(f"{where}: metadata.labels: {key!r} is not a label key")
+        if not _LABEL_VALUE.fullmatch(value) or len(value) > 63:
+            raise ObjectError(f"{where}: metadata.labels[{key}]: {value!r} is not a label value")
+    return labels or {}
+
+
 def parse_pod(raw: Mapping[str, Any]) -> Pod:
     """Return a Pod. Error: ObjectError."""
     pod = _convert(raw, _Pod)
+    what = f"Pod {pod.metadata.namespace}/{pod.metadata.name}"
+    labels = _labels(what, pod.metadata.labels)
+    if pod.spec.service_account_name:
+        _name(what, "spec.serviceAccountName", pod.spec.service_account_name)
     ports = set()
     for index, container in enumerate(pod.spec.containers):
         for number, port in enumerate(container.ports or ()):
-            where = f"Pod {pod.metadata.namespace}/{pod.metadata.name}: spec.containers[{index}].ports[{number}]"
+            where = f"{what}: spec.containers[{index}].ports[{number}]"
             if port.protocol not in PROTOCOLS:
                 raise ObjectError(f"{where}.protocol: {port.protocol!r} is none of {', '.join(PROTOCOLS)}")
             if not 1 <= port.container_port <= 65535:
@@ -145,10 +173,10 @@ def parse_pod(raw: Mapping[str, Any]) -> Pod:
             if port.name:
                 ports.add((port.name, PROTOCOLS[port.protocol], port.container_port))
     return Pod(
-        namespace=pod.metadata.namespace,
-        name=pod.metadata.name,
+        namespace=_name(what, "metadata.namespace", pod.metadata.namespace),
+        name=_name(what, "metadata.name", pod.metadata.name),
         uid=pod.metadata.uid,
-        labels=pod.metadata.labels or {},
+        labels=labels,
         node_name=pod.spec.node_name,
         service_account=pod.spec.service_account_name,
         named_ports=frozenset(ports),
@@ -159,7 +187,8 @@ def parse_pod(raw: Mapping[str, Any]) -> Pod:
 def parse_namespace(raw: Mapping[str, Any]) -> Namespace:
     """Return a Namespace. Error: ObjectError."""
     found = _convert(raw, _Bare)
-    return namespace_of(found.metadata.name, found.metadata.labels or {})
+    what = f"Namespace {found.metadata.name}"
+    return namespace_of(_name(what, "metadata.name", found.metadata.name), _labels(what, found.metadata.labels))
 
 
 def parse_node(raw: Mapping[str, Any]) -> NodeObject:
