@@ -26,6 +26,11 @@ def native(**spec: Any) -> dict[str, Any]:
     return {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": metadata, "spec": spec}
 
 
+def tiered(**spec: Any) -> dict[str, Any]:
+    version = "policy.networking.k8s.io/v1alpha2"
+    return {"apiVersion": version, "kind": "ClusterNetworkPolicy", "metadata": {"name": "p"}, "spec": spec}
+
+
 EVERYTHING_IN = {"endpointSelector": {}, "ingress": 1}
 ALL, BOTH = (POD, OTHER, ELSEWHERE), {IN, OUT}
 CLUSTERWIDE = "CiliumClusterwideNetworkPolicy"
@@ -48,6 +53,9 @@ CLUSTERWIDE = "CiliumClusterwideNetworkPolicy"
         (native(podSelector=API, policyTypes=["Egress"], egress="?"), {POD: {OUT}}),
         (native(podSelector=API, policyTypes="Egress", egress="?"), {POD: {IN, OUT}}),
         (native(podSelector={"matchLabels": 1}), {POD: {IN}, OTHER: {IN}}),
+        (tiered(subject={"pods": {"podSelector": API}}, ingress=1), {POD: {IN}, ELSEWHERE: {IN}}),
+        (tiered(subject={"namespaces": {}}, tier="x"), {one: {IN, OUT} for one in ALL}),
+        (tiered(subject={"moons": {}}, egress=[{"action": "Deny"}]), {one: {OUT} for one in ALL}),
     ],
 )  # fmt: skip
 def test_what_an_invalid_policy_closes(document: dict[str, Any], closes: dict[frozenset[str], set[Direction]]) -> None:
