@@ -20,13 +20,14 @@ import structlog
 from ciliate.daemon.cidrs import CidrIdentities
 from ciliate.daemon.endpoints import EndpointTable
 from ciliate.daemon.ipcache import IpTable, changed
+from ciliate.daemon.monitor import rule_text
 from ciliate.datapath.endpoints import EndpointId
 from ciliate.datapath.ipcache import IpcacheRow
 from ciliate.datapath.node import Datapath
 from ciliate.datapath.policy import Desired, PolicyReport
 from ciliate.identity.labels import Network, cidr_labels
 from ciliate.policy.engine import PolicyEngine
-from ciliate.policy.image import RuleRef, RuleSet
+from ciliate.policy.image import RuleSet
 from ciliate.policy.l7 import HttpRule, L7Protocol
 from ciliate.policy.parse import required_networks
 from ciliate.policy.rules import PolicyObject
@@ -46,6 +47,8 @@ class Pass:
     epoch: int = 0
     rows_written: int = 0
     problems: list[str] = field(default_factory=list)
+    refused: dict[Key, str] = field(default_factory=dict)
+    """Policies whose L7 rules the proxy does not take, and why."""
 
 
 class Enforcement:
@@ -75,6 +78,9 @@ class Enforcement:
         self._written: dict[Any, IpcacheRow] = {}
         self._pruned = False
         self._proxied: dict[int, RulesetSpec] = {}
+        self._refused: dict[int, str] = {}
+        self._proxy_away = False
+        self._retry: asyncio.TimerHandle | None = None
         self._asked = 0
         self._done = 0
         self._passes = 0
@@ -143,14 +149,22 @@ class Enforcement:
         await self._sync_ipcache()
         self._update_engine(objects)
         desired = self._resolve()
-        wanted = _specs(self._datapath.policy.rulesets_of(desired))
-        await self._prepare_proxy(self._proxied | wanted, outcome)
-        await self._apply(outcome, desired)
+        rulesets = self._datapath.policy.rulesets_of(desired)
+        wanted = _specs(rulesets)
+        if self._proxy_away:  # nothing waits for it: what has no listener is dropped
+            await self._apply(outcome, desired)
+            await self._prepare_proxy(wanted, outcome)
+        else:
+            await self._prepare_proxy(wanted, outcome)
+            await self._apply(outcome, desired)
         if self.complete:
-            await self._prepare_proxy(wanted, outcome, prune=True)
+            await self._prune_proxy(wanted, outcome)
             await self._forget_cidrs(set(self._cidrs.numbers) - networks)
+        for number, error in self._refused.items():
+            for _, ref in rulesets[number].rules if number in wanted else ():
+                outcome.refused[ref.kind, ref.namespace, ref.name] = f"the proxy refuses its rules: {error}"
         if not outcome.problems:
-            self.in_force = objects
+            self.in_force = {key: one for key, one in objects.items() if key not in outcome.refused}
         outcome.took = time.perf_counter() - began
         return outcome
 
@@ -207,35 +221,55 @@ class Enforcement:
 
     # ---- proxy ------------------------------------------------------------------------------------------------
 
-    async def _prepare_proxy(self, wanted: dict[int, RulesetSpec], outcome: Pass, *, prune: bool = False) -> None:
-        """Make the proxy serve ``wanted``; a rule set it does not serve has no listener, so its traffic is dropped."""
-        if wanted == self._proxied and not prune:
-            return
-        if prune and wanted == self._proxied and self._datapath.listeners.list().keys() == wanted.keys():
-            return
+    async def _prepare_proxy(self, wanted: dict[int, RulesetSpec], outcome: Pass) -> None:
+        """Make the proxy serve ``wanted`` too; a rule set it does not serve has no listener: its traffic is dropped."""
+        if fresh := [one for number, one in wanted.items() if self._proxied.get(number) != one]:
+            await self._tell_proxy(fresh, outcome, prune=False)
+        else:
+            self._proxy_away = False  # as far as anybody needs it
+
+    async def _prune_proxy(self, wanted: dict[int, RulesetSpec], outcome: Pass) -> None:
+        """Make the proxy serve only ``wanted``; no row redirects to the others any more."""
+        listeners = await asyncio.to_thread(self._datapath.listeners.list)
+        if not self._proxy_away and (self._proxied.keys() != wanted.keys() or listeners.keys() - wanted.keys()):
+            await self._tell_proxy(list(wanted.values()), outcome, prune=True)
+
+    async def _tell_proxy(self, specs: Collection[RulesetSpec], outcome: Pass, *, prune: bool) -> None:
         try:
-            results = await self._proxy.put_rulesets(wanted.values())
+            results = await self._proxy.put_rulesets(specs, prune=prune)
         except (ProxyUnavailableError, ProxyRequestError) as error:
+            self._proxy_away = True
             outcome.problems.append(f"proxy: {error}: HTTP rules that are new are not served, their traffic is dropped")
-            asyncio.get_running_loop().call_later(1, self.request)
+            self._repeat()
             return
-        outcome.problems += [f"proxy: rule set {one.id}: {one.error}" for one in results if one.error]
+        late = [one for one in results if one.error and not one.refused]
+        self._proxy_away = bool(late)
+        if late:
+            outcome.problems += sorted({f"proxy: {one.error}" for one in late})
+            self._repeat()
+        if prune:
+            self._proxied.clear()
+            self._refused.clear()
+            await asyncio.to_thread(self._datapath.listeners.keep, {one.id for one in results})
+        for one, spec in zip(results, specs, strict=True):
+            self._refused.pop(one.id, None)
+            if one.refused:
+                self._refused[one.id] = one.error or ""
+            if one not in late:
+                self._proxied[one.id] = spec
         ports = {one.id: one.port for one in results if one.port}
-        await asyncio.to_thread(self._datapath.listeners.sync, ports, prune=prune)
-        self._proxied = wanted
+        await asyncio.to_thread(self._datapath.listeners.sync, ports)
+
+    def _repeat(self) -> None:
+        """Ask for another pass in a second, once."""
+        if self._retry is not None:
+            self._retry.cancel()
+        self._retry = asyncio.get_running_loop().call_later(1, self.request)
 
     def resync_proxy(self) -> None:
         """Give the proxy everything again: it has been restarted."""
         self._proxied = {}
         self.request()
-
-
-def rule_text(ref: RuleRef) -> str:
-    """Return how a rule is named to people: ``CiliumNetworkPolicy default/api ingress[0]``."""
-    name = f"{ref.namespace}/{ref.name}" if ref.namespace else ref.name
-    if ref.index < 0:
-        return f"{ref.kind} {name} {ref.section}".rstrip()
-    return f"{ref.kind} {name} {ref.section}[{ref.index}]"
 
 
 def _specs(rulesets: Mapping[int, RuleSet]) -> dict[int, RulesetSpec]:
