@@ -299,6 +299,7 @@ def _routes() -> dict[str, Any]:
     return {
         "name": "l7",
         "virtual_hosts": [{"name": "l7", "domains": ["*"], "routes": [route]}],
+        "request_headers_to_remove": ["x-envoy-internal", "x-envoy-external-address"],
     }
 
 
@@ -321,7 +322,11 @@ def _access_log() -> pb.Message:
 
 def _http1() -> dict[str, Any]:
     formatter = {"name": "preserve_case", "typed_config": pb.pack(pb.PreserveCaseFormatterConfig())}
-    return {"enable_trailers": True, "header_key_format": {"stateful_formatter": formatter}}
+    return {
+        "enable_trailers": True,
+        "allow_custom_methods": True,
+        "header_key_format": {"stateful_formatter": formatter},
+    }
 
 
 def _http2_windows() -> dict[str, Any]:
