@@ -39,6 +39,15 @@ class Backend:
         self.gate = asyncio.Event()
         self.gate.set()
         self.port = 0
+        self._writers: list[asyncio.StreamWriter] = []
+
+    async def close(self) -> None:
+        """End all connections."""
+        self.gate.set()
+        for writer in self._writers:
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
 
     @property
     def seen(self) -> list[str]:
@@ -47,6 +56,7 @@ class Backend:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        self._writers.append(writer)
         connection = h11.Connection(h11.SERVER)
         with contextlib.suppress(ConnectionError, h11.RemoteProtocolError):
             while data := await reader.read(65536):
@@ -75,8 +85,8 @@ async def backend() -> AsyncIterator[Backend]:
     server = await asyncio.start_server(one.serve, "127.0.0.1", 0)
     one.port = server.sockets[0].getsockname()[1]
     yield one
-    one.gate.set()
     server.close()
+    await one.close()
 
 
 @pytest.fixture
@@ -153,6 +163,12 @@ async def proxy(folder: Path, redirected: None) -> AsyncIterator[Proxy]:
     await one.start()
     yield one
     await one.stop()
+
+
+@pytest.fixture(autouse=True)
+async def closed() -> AsyncIterator[None]:
+    """Closes connections that a test leaves."""
+    yield
     while _open:
         _open[-1].writer.close()
         with contextlib.suppress(ConnectionError):

@@ -14,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -142,8 +143,10 @@ def running(folder: Path) -> list[tuple[int, Path]]:
             arguments = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
-        if len(arguments) > 2 and arguments[1] == "-c" and arguments[2].startswith(prefix):
-            found.append((int(entry.name), Path(arguments[2])))
+        for option, value in pairwise(arguments):
+            if option == "-c" and value.startswith(prefix):
+                found.append((int(entry.name), Path(value)))
+                break
     return found
 
 
