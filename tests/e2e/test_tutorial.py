@@ -3,6 +3,7 @@
 import doctest
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -116,3 +117,22 @@ def test_the_tutorial_has_commands_and_says_what_they_print() -> None:
     assert len(found) > 20
     assert sum(bool(step.output) for step in found) > 20
     assert any(step.second for step in found)
+
+
+def test_what_the_demo_says_to_try_next_works(environment: dict[str, str], tmp_path: Path) -> None:
+    environment |= {"HOME": str(tmp_path), "SHELL": "/bin/bash"}
+    text = re.sub(r"\\\n *", "", str(runpy.run_path(str(ROOT / "demo/run.py"))["NEXT"]))
+    commands = [line.partition("#")[0].strip() for line in text.splitlines() if line.startswith("  .venv/bin/ciliate")]
+    assert len(commands) > 8
+    up = ".venv/bin/ciliate lab up -f demo/manifests -f demo/policies"
+    for command in [up, *commands]:
+        try:
+            subprocess.run(
+                ["bash", "-c", command],
+                cwd=ROOT,
+                env=environment,
+                check=True,
+                timeout=5 if "monitor" in command else 120,
+            )
+        except subprocess.TimeoutExpired:
+            assert command.endswith("monitor")
