@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -253,6 +254,36 @@ def test_a_deny_ends_a_proxied_connection(web: Web) -> None:
         assert web.status("far", "GET", USERS) == 0
 
 
+def test_an_answer_under_way_arrives_when_a_policy_changes(web: Web) -> None:
+    web.lab.apply(SEED)
+    with web.talk("far") as far, web.talk("near") as near, ThreadPoolExecutor(2) as pool:
+        # Shorter than what `talk` waits for, longer than a change takes.
+        asked = [pool.submit(one.ask, "GET", "/api/v1/sedate") for one in (far, near)]
+        web.lab.apply(policy("other", "bad", egress=[{}]))
+        assert [one.result(30)["status"] for one in asked] == [200, 200]
+
+
+@pytest.mark.parametrize("then", ["deny", "other rules", "plain deny"])
+def test_a_request_that_waits_in_the_proxy_is_not_judged_by_rules_that_nobody_made(web: Web, then: str) -> None:
+    """It is refused by the rules of before and by those of after; in between the proxy lets all pass that it holds."""
+    web.lab.apply(SEED)
+    command = [str(CILIATE), "lab", "exec", "--cluster", web.lab.cluster, "far", "--", sys.executable, str(WEB)]
+    command += ["pipeline", web.addresses[4], str(PORT), "GET /api/v1/slow", "DELETE /everything"]
+    after = {
+        "deny": policy("then", "web", ingress=[{}]),
+        "other rules": policy("then", "web", ingress=rules({"method": "PUT"})),
+        "plain deny": policy("then", "web", ingressDeny=[{"fromEntities": ["cluster"]}]),
+    }[then]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
+        assert client.stdout is not None and client.stdout.readline() == "sent\n"
+        web.lab.apply(after)
+        web.lab.delete(SEED)
+        client.communicate(timeout=60)
+    seen = json.loads(web.ask("node/n2", "GET", "/seen")["body"])["seen"]
+    assert "GET /api/v1/slow" in seen
+    assert "DELETE /everything" not in seen
+
+
 # ---- parts of it die -----------------------------------------------------------------------------------------
 
 
@@ -353,6 +384,15 @@ def test_a_pattern_that_is_none_is_refused_and_changes_nothing(web: Web) -> None
     assert done.returncode == 1
     assert "unclosed" in done.stderr and "default/web" in done.stderr
     assert web.enforces()
+
+
+def test_a_pattern_that_is_none_is_reported_and_closed_when_nobody_checked_it(web: Web, manifest: Manifest) -> None:
+    manifest(policy("unchecked", "web", ingress=rules({"path": "/(unclosed"})))
+    wait_for(lambda: "unchecked" in web.policies(), "the agent has read it")
+    assert web.policies()["unchecked"]["state"] == "rejected"
+    assert "unclosed" in web.policies()["unchecked"]["message"]
+    wait_for(lambda: web.status("far", "GET", USERS) == 0, "closed")
+    assert web.status("node/n2", "GET", USERS) == 200
 
 
 # ---- leaving a pod -------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""HTTP inside pods: ``python web.py server PORT``, ``... talk ADDRESS PORT``, ``... once ADDRESS PORT METHOD PATH``.
+"""HTTP inside pods: ``python web.py server PORT``, ``... talk ADDRESS PORT``, ``... once ADDRESS PORT METHOD PATH``,
+``... pipeline ADDRESS PORT "METHOD PATH"...``.
 
 ``talk`` keeps one connection: each line ``METHOD PATH`` on its standard input is a request on it, answered by one line
 of JSON. It never connects a second time.
@@ -8,11 +9,14 @@ import http.client
 import json
 import socket
 import sys
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 PATIENCE: Final = 3.0
 """Seconds without an answer: it was dropped."""
+SLOW: Final = 4.0
+"""Seconds that the server thinks about a path with ``slow`` in it; a third of that with ``sedate``."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -20,11 +24,20 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     answered = 0
+    seen: ClassVar[list[str]] = []
 
     def _answer(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        Handler.seen.append(f"{self.command} {self.path}")
+        time.sleep(SLOW if "slow" in self.path else SLOW / 3 if "sedate" in self.path else 0)
         Handler.answered += 1
-        seen = {"you": self.client_address[0].removeprefix("::ffff:"), "method": self.command, "path": self.path}
+        seen: dict[str, Any] = {
+            "you": self.client_address[0].removeprefix("::ffff:"),
+            "method": self.command,
+            "path": self.path,
+        }
+        if self.path == "/seen":
+            seen["seen"] = Handler.seen
         body = json.dumps(seen | {"answered": Handler.answered}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
@@ -73,12 +86,28 @@ def talk(address: str, port: int) -> None:
         print(json.dumps(ask(connection, method, path)), flush=True)
 
 
+def pipeline(address: str, port: int, *requests: str) -> None:
+    """Send ``METHOD PATH`` requests in one go; print what comes back within twice the time of a slow one."""
+    with socket.create_connection((address, port), PATIENCE) as connection:
+        text = "".join(f"{one} HTTP/1.1\r\nHost: web\r\n\r\n" for one in requests)
+        connection.sendall(text.encode())
+        print("sent", flush=True)
+        connection.settimeout(2 * SLOW)
+        try:
+            while data := connection.recv(65536):
+                print(data.decode(), flush=True)
+        except OSError as error:
+            print(error, flush=True)
+
+
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["server", port]:
             Server(("::", int(port)), Handler).serve_forever()
         case ["talk", address, port]:
             talk(address, int(port))
+        case ["pipeline", address, port, *requests]:
+            pipeline(address, int(port), *requests)
         case ["once", address, port, method, path]:
             print(json.dumps(ask(http.client.HTTPConnection(address, int(port), PATIENCE), method, path)))
         case _:
