@@ -272,7 +272,7 @@ def test_a_request_that_waits_in_the_proxy_is_not_judged_by_rules_that_nobody_ma
     after = {
         "deny": policy("then", "web", ingress=[{}]),
         "other rules": policy("then", "web", ingress=rules({"method": "PUT"})),
-        "plain deny": policy("then", "web", ingressDeny=[{"fromEntities": ["cluster"]}]),
+        "plain deny": policy("then", "web", ingressDeny=[{"fromEndpoints": [{}]}]),
     }[then]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
         assert client.stdout is not None and client.stdout.readline() == "sent\n"
