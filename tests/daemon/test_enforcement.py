@@ -36,7 +36,7 @@ class Notes:
             delete=lambda prefixes: self._note("delete", list(prefixes)),
         )
         self.policy = SimpleNamespace(rulesets_of=lambda desired: {})
-        self.listeners = SimpleNamespace(list=dict, sync=lambda ports, prune: None)
+        self.listeners = SimpleNamespace(list=dict, sync=lambda ports: None, keep=lambda numbers: None)
 
     def _note(self, what: str, value: Any) -> None:
         if self.fail == what:

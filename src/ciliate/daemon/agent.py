@@ -59,7 +59,7 @@ class Agent:
         self.nodes = Nodes(self.store)
         self.reports = PolicyReports(self.store, config.cluster_name)
         self.manifests = Manifests(config.manifests_dir)
-        self.proxy = ProxyClient(config.proxy_socket)
+        self.proxy = ProxyClient(config.proxy_socket, timeout=15)
         self.ipam = HostIpam(config.cidrs(), node=config.node_name)
         for one in self.endpoints:
             self.ipam.restore(one.owner, one.ips())
@@ -123,6 +123,7 @@ class Agent:
             node=config.node_name,
             reasons=self.datapath.drop_reasons(),
             explain=self.datapath.policy.explain,
+            ruleset=self.datapath.policy.refs_of,
             endpoints=self.endpoints,
             table=self.table,
             identities=self.engine.identities,
@@ -362,7 +363,9 @@ class Agent:
     def problems(self) -> list[str]:
         """Return what is not as asked for."""
         files = [f"{file}: {text}" for file, text in sorted(self.unreadable.items())]
-        return [*files, *map(str, self.cluster.rejected.values()), *self.enforcement.last.problems]
+        last = self.enforcement.last
+        refused = [f"{kind} {namespace}/{name}: {text}" for (kind, namespace, name), text in last.refused.items()]
+        return [*files, *map(str, self.cluster.rejected.values()), *last.problems, *refused]
 
     def policies(self) -> list[dict[str, Any]]:
         """Return each policy's status in the cluster."""
@@ -376,6 +379,7 @@ class Agent:
             nodes,
             {},
             self.enforcement.last.problems,
+            self.enforcement.last.refused,
         )
 
     # ---- sources ----------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import structlog
 from ciliate.daemon.endpoints import EndpointTable
 from ciliate.daemon.ipcache import IpTable
 from ciliate.daemon.local_identities import cidr_identities, node_identities
+from ciliate.daemon.monitor import rule_text
 from ciliate.datapath.endpoints import EndpointId
 from ciliate.datapath.node import Datapath
 from ciliate.datapath.policy import Desired, Known, PolicyReport
@@ -28,7 +29,7 @@ from ciliate.identity.labels import Labels, cidr_labels, node_labels
 from ciliate.identity.numbers import IdentityId
 from ciliate.identity.selectors import NamedPorts
 from ciliate.policy.engine import PolicyEngine
-from ciliate.policy.image import RuleRef, RuleSet
+from ciliate.policy.image import RuleSet
 from ciliate.policy.l7 import HttpRule, L7Protocol
 from ciliate.policy.rules import CidrGroup, PolicyObject, ServiceFacts, names_nodes
 from ciliate.proxy.api import HttpRuleSpec, RulesetSpec
@@ -63,6 +64,8 @@ class Pass:
     epoch: int = 0
     rows_written: int = 0
     problems: list[str] = field(default_factory=list)
+    refused: dict[Key, str] = field(default_factory=dict)
+    """Policies whose L7 rules the proxy does not take, and why."""
 
 
 class Enforcement:
@@ -98,6 +101,9 @@ class Enforcement:
         self._proxied: dict[int, RulesetSpec] = {}
         self._version = -1
         """Version of the identities that the datapath has; -1: what it has is not known."""
+        self._refused: dict[int, str] = {}
+        self._proxy_away = False
+        self._retry: asyncio.TimerHandle | None = None
         self._asked = 0
         self._done = 0
         self._passes = 0
@@ -177,16 +183,32 @@ class Enforcement:
         self.table.set_node_identities({name: self._nodes.numbers[name] for name in nodes})
         await self._sync_ipcache()
         desired = await asyncio.to_thread(self._resolve, self._snapshot(), wanted.policies)
-        rulesets = _specs(self._datapath.policy.rulesets_of(desired))
-        await self._prepare_proxy(self._proxied | rulesets, outcome)
-        await self._write(outcome, desired)
-        await self._prepare_proxy(rulesets, outcome, prune=True)
+        rulesets = self._datapath.policy.rulesets_of(desired)
+        specs = _specs(rulesets)
+        if self._proxy_away:  # nothing waits for it: what has no listener is dropped
+            await self._write(outcome, desired)
+            await self._prepare_proxy(specs, outcome)
+        else:
+            await self._prepare_proxy(specs, outcome)
+            await self._write(outcome, desired)
+        await self._prune_proxy(specs, outcome)
         await self._forget_unused(nodes)
         outcome.problems += self.engine.problems()
+        outcome.refused = self._refusals(rulesets)
         if not outcome.problems:
-            self.in_force = wanted.policies
+            self.in_force = {key: one for key, one in wanted.policies.items() if key not in outcome.refused}
         outcome.took = time.perf_counter() - began
         return outcome
+
+    def _refusals(self, rulesets: Mapping[int, RuleSet]) -> dict[Key, str]:
+        """Return why policies are not served: nobody understands their rules, or the proxy refuses them."""
+        found: dict[Key, str] = {}
+        for number, one in rulesets.items():
+            error = self._refused.get(number)
+            why = f"the proxy refuses its rules: {error}" if error else _unserved(one)
+            if why:
+                found |= {(ref.kind, ref.namespace, ref.name): why for _, ref in one.rules}
+        return found
 
     def _prepare(self, wanted: Wanted, nodes: Mapping[str, Mapping[str, str]], changes: Collection[Change]) -> bool:
         """Tell the engine all but the policies; give numbers to what they name. Return whether its identities changed.
@@ -271,22 +293,50 @@ class Enforcement:
 
     # ---- proxy ------------------------------------------------------------------------------------------------
 
-    async def _prepare_proxy(self, wanted: dict[int, RulesetSpec], outcome: Pass, *, prune: bool = False) -> None:
-        """Make the proxy serve ``wanted``; a rule set it does not serve has no listener, so its traffic is dropped."""
-        if wanted == self._proxied and not prune:
-            return
-        if prune and wanted == self._proxied and self._datapath.listeners.list().keys() == wanted.keys():
-            return
+    async def _prepare_proxy(self, wanted: dict[int, RulesetSpec], outcome: Pass) -> None:
+        """Make the proxy serve ``wanted`` too; a rule set it does not serve has no listener: its traffic is dropped."""
+        if fresh := [one for number, one in wanted.items() if self._proxied.get(number) != one]:
+            await self._tell_proxy(fresh, outcome, prune=False)
+        else:
+            self._proxy_away = False  # as far as anybody needs it
+
+    async def _prune_proxy(self, wanted: dict[int, RulesetSpec], outcome: Pass) -> None:
+        """Make the proxy serve only ``wanted``; no row redirects to the others any more."""
+        listeners = await asyncio.to_thread(self._datapath.listeners.list)
+        if not self._proxy_away and (self._proxied.keys() != wanted.keys() or listeners.keys() - wanted.keys()):
+            await self._tell_proxy(list(wanted.values()), outcome, prune=True)
+
+    async def _tell_proxy(self, specs: Collection[RulesetSpec], outcome: Pass, *, prune: bool) -> None:
         try:
-            results = await self._proxy.put_rulesets(wanted.values())
+            results = await self._proxy.put_rulesets(specs, prune=prune)
         except (ProxyUnavailableError, ProxyRequestError) as error:
+            self._proxy_away = True
             outcome.problems.append(f"proxy: {error}: HTTP rules that are new are not served, their traffic is dropped")
-            asyncio.get_running_loop().call_later(1, self.request)
+            self._repeat()
             return
-        outcome.problems += [f"proxy: rule set {one.id}: {one.error}" for one in results if one.error]
+        late = [one for one in results if one.error and not one.refused]
+        self._proxy_away = bool(late)
+        if late:
+            outcome.problems += sorted({f"proxy: {one.error}" for one in late})
+            self._repeat()
+        if prune:
+            self._proxied.clear()
+            self._refused.clear()
+            await asyncio.to_thread(self._datapath.listeners.keep, {one.id for one in results})
+        for one, spec in zip(results, specs, strict=True):
+            self._refused.pop(one.id, None)
+            if one.refused:
+                self._refused[one.id] = one.error or ""
+            if one not in late:
+                self._proxied[one.id] = spec
         ports = {one.id: one.port for one in results if one.port}
-        await asyncio.to_thread(self._datapath.listeners.sync, ports, prune=prune)
-        self._proxied = wanted
+        await asyncio.to_thread(self._datapath.listeners.sync, ports)
+
+    def _repeat(self) -> None:
+        """Ask for another pass in a second, once."""
+        if self._retry is not None:
+            self._retry.cancel()
+        self._retry = asyncio.get_running_loop().call_later(1, self.request)
 
     def resync_proxy(self) -> None:
         """Give the proxy everything again: it has been restarted."""
@@ -305,12 +355,14 @@ def _tell(
             set_one(one)
 
 
-def rule_text(ref: RuleRef) -> str:
-    """Return how a rule is named to people: ``CiliumNetworkPolicy default/api ingress[0]``."""
-    name = f"{ref.namespace}/{ref.name}" if ref.namespace else ref.name
-    if ref.index < 0:
-        return f"{ref.kind} {name} {ref.section}".rstrip()
-    return f"{ref.kind} {name} {ref.section}[{ref.index}]"
+def _unserved(one: RuleSet) -> str:
+    """Return why nobody serves a rule set (empty: the proxy does). It then has no listener: its traffic is dropped."""
+    what = "" if one.protocol is L7Protocol.HTTP else f"{one.protocol} rules"
+    if one.server_names or one.terminating or one.originating or one.listener:
+        what = "server names, TLS contexts and listeners"
+    if any(isinstance(rule, HttpRule) and rule.header_matches for rule, _ in one.rules):
+        what = "headerMatches"
+    return f"{what} are not enforced yet: the traffic that they are about is dropped" if what else ""
 
 
 def _specs(rulesets: Mapping[int, RuleSet]) -> dict[int, RulesetSpec]:
@@ -327,5 +379,5 @@ def _specs(rulesets: Mapping[int, RuleSet]) -> dict[int, RulesetSpec]:
             ),
         )
         for number, one in rulesets.items()
-        if one.protocol is L7Protocol.HTTP  # nobody serves the others yet: no listener, so they are dropped
+        if not _unserved(one)
     }

@@ -1,6 +1,7 @@
 """What the status of each policy says: is it valid, what is in force for it, on which nodes, how many rows it takes."""
 
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from ciliate.daemon.objects import POLICY_KINDS, ClusterObjects
@@ -30,10 +31,16 @@ def status_documents(
     nodes: Collection[str],
     rows: Mapping[Key, int],
     problems: Collection[str],
+    refused: Mapping[Key, str] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
-    """Return the status of every policy, in order. ``reports``: by node, this one's among them."""
+    """Return the status of every policy, in order. ``reports``: by node, this one's among them. ``refused``: problems
+    of single policies.
+    """
+    own = {key: [*problems, *([refused[key]] if key in refused else [])] for key in objects.policies.keys() | refused}
     return [
-        _status(objects, key, _missing(objects, key, reports, nodes), len(nodes), rows.get(key, 0), problems)
+        _status(
+            objects, key, _missing(objects, key, reports, nodes), len(nodes), rows.get(key, 0), own.get(key, problems)
+        )
         for key in sorted(objects.policies.keys() | objects.rejected.keys())
         if key[0] in POLICY_KINDS
     ]
