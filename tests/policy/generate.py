@@ -331,14 +331,13 @@ def cluster_protocols(draw: st.DrawFn, *, named: bool) -> dict[str, Any]:
         return {"destinationNamedPort": draw(st.sampled_from(("web", "dns")))}
     port = draw(
         st.one_of(
-            st.none(),
             st.sampled_from(PORTS).map(lambda one: {"number": one}),
             st.sampled_from(((80, 443), (443, 9000), (8080, 8081))).map(
                 lambda r: {"range": {"start": r[0], "end": r[1]}}
             ),
         )
     )
-    return {draw(st.sampled_from(("tcp", "udp", "sctp"))): {} if port is None else {"destinationPort": port}}
+    return {draw(st.sampled_from(("tcp", "udp", "sctp"))): {"destinationPort": port}}
 
 
 @st.composite

@@ -139,7 +139,7 @@ def normal(
                 found, imposes = rules_of(document, spec, direction)
                 rules += found
                 denying |= imposes
-    host = direction == "ingress" and peer.reserved("host")
+    host = direction == "ingress" and peer.reserved("host") and subject.pod
     allowed, plain, protocols, l7 = False, not denying or host, set(), set()
     for rule in rules:
         if not meets_peer(rule, peer, setting):
@@ -239,8 +239,7 @@ def meets_cidr_set(one: Mapping[str, Any], peer: Thing, setting: Setting) -> boo
 
 
 def meets_node(selector: Mapping[str, Any], peer: Thing) -> bool:
-    node = peer.reserved("remote-node") and peer.identity >= 2 << 24
-    return node and matches(selector, peer, "node", "")
+    return peer.reserved("remote-node") and matches(selector, peer, "node", "")
 
 
 def meets_service(one: Mapping[str, Any], peer: Thing, setting: Setting, namespace: str) -> bool:

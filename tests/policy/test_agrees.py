@@ -14,15 +14,19 @@ from ciliate.datapath.endpoints import EndpointId
 from ciliate.datapath.model import Answer, PolicyModel
 from ciliate.identity.numbers import IdentityId
 from ciliate.policy.engine import PolicyEngine
-from ciliate.policy.image import RowVerdict, RuleSet
+from ciliate.policy.image import PolicyImage, RowVerdict, RuleSet
 from ciliate.policy.l7 import DnsRule, HttpRule, KafkaRule, L7Rule
-from ciliate.policy.parse import parse_object
+from ciliate.policy.parse import parse_cidr_group, parse_object
+from ciliate.policy.rules import ServiceFacts
 from tests.datapath.memory import Kernel
-from tests.policy.generate import POINTS, SPACES, documents, pod, things
-from tests.policy.reference import Thing, judge
+from tests.policy.generate import GROUPS, HOST, POINTS, SERVICES, SPACES, documents, more_things, pod, things
+from tests.policy.reference import Setting, Thing, judge
 
-SUBJECTS = [pod(400, "a", SPACES[0], named=True), pod(401, "b", SPACES[0]), pod(402, "c", SPACES[1], named=True)]
-EVERYTHING = things()
+SUBJECTS = [HOST, pod(400, "a", SPACES[0], named=True), pod(401, "b", SPACES[0]), pod(402, "c", SPACES[1], named=True)]
+EVERYTHING = [*things(), *more_things()]
+SETTING = Setting(groups=GROUPS, services=SERVICES)
+EVERY = documents(every=True)
+Pair = tuple[PolicyImage | None, PolicyImage | None]
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +40,42 @@ def labels(thing: Thing) -> frozenset[str]:
     )
 
 
+def tell(engine: PolicyEngine, one: Any) -> None:
+    """Tell the engine of an identity, a policy, a group or a Service."""
+    if isinstance(one, Thing):
+        number = IdentityId(one.identity)
+        engine.identities.add(number, labels(one), ip_network(one.network) if one.network else None)
+        engine.set_named_ports(number, one.ports)
+    elif one.get("kind") == "CiliumCIDRGroup":
+        engine.set_cidr_group(parse_cidr_group(one))
+    elif "kind" in one:
+        engine.set_object(parse_object(one))
+    else:
+        engine.set_service(service(one))
+
+
+def service(one: Any) -> ServiceFacts:
+    metadata = one["metadata"]
+    return ServiceFacts(
+        namespace=metadata["namespace"],
+        name=metadata["name"],
+        labels=frozenset(f"k8s:{key}={value}" for key, value in metadata["labels"].items()),
+        selector=one["spec"].get("selector", {}),
+        addresses=tuple(ip_network(address) for address in one.get("addresses", ())),
+    )
+
+
 def engine_of(policies: Sequence[Any], population: Sequence[Thing]) -> PolicyEngine:
     engine = PolicyEngine()
-    for thing in population:
-        engine.identities.add(
-            IdentityId(thing.identity), labels(thing), ip_network(thing.network) if thing.network else None
-        )
-        engine.set_named_ports(IdentityId(thing.identity), thing.ports)
-    for one in policies:
-        engine.set_object(parse_object(one))
+    for one in (*GROUPS, *SERVICES, *population, *policies):
+        tell(engine, one)
     return engine
+
+
+def resolve(engine: PolicyEngine, subject: Thing) -> Pair:
+    if subject is HOST:
+        return engine.resolve_host(labels(HOST))
+    return engine.resolve(labels(subject), subject.ports)
 
 
 def said(answer: Answer, rulesets: Any) -> tuple[str, frozenset[str]]:
@@ -76,7 +106,7 @@ def meaning(verdict: tuple[str, frozenset[str]]) -> tuple[str, frozenset[str]]:
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
-@given(policies=documents(), order=st.randoms(use_true_random=False))
+@given(policies=EVERY, order=st.randoms(use_true_random=False))
 def test_engine_and_maps_agree_with_the_naive_evaluator(btf: Btf, policies: list[dict[str, Any]], order: Any) -> None:
     population = [*EVERYTHING, *SUBJECTS]
     shuffled = list(policies)
@@ -84,7 +114,7 @@ def test_engine_and_maps_agree_with_the_naive_evaluator(btf: Btf, policies: list
     order.shuffle(population)
     engine = engine_of(shuffled, population)
     kernel = Kernel(btf)
-    desired = {EndpointId(one.identity): engine.resolve(labels(one), one.ports) for one in SUBJECTS}
+    desired = {EndpointId(one.identity): resolve(engine, one) for one in SUBJECTS}
     kernel.policy.apply(desired, [IdentityId(one.identity) for one in population], complete=False)
     model = PolicyModel(kernel.tables)
     for subject in SUBJECTS:
@@ -92,40 +122,35 @@ def test_engine_and_maps_agree_with_the_naive_evaluator(btf: Btf, policies: list
         for direction, number in zip(("egress", "ingress"), ids, strict=True):
             for peer in EVERYTHING:
                 for protocol, port in POINTS:
-                    wanted = judge(policies, subject, peer, direction, protocol, port)
+                    wanted = judge(policies, subject, peer, direction, protocol, port, SETTING)
                     answer = said(model.lookup(number, peer.identity, protocol, port), kernel.policy.rulesets)
                     assert meaning(answer) == meaning(wanted), (direction, subject, peer, protocol, port)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-@given(policies=documents(), order=st.randoms(use_true_random=False))
+@given(policies=EVERY, order=st.randoms(use_true_random=False))
 def test_order_of_arrival_does_not_matter(policies: list[dict[str, Any]], order: Any) -> None:
     first = engine_of(policies, EVERYTHING)
     late = PolicyEngine()
-    population, shuffled = list(EVERYTHING), list(policies)
-    order.shuffle(population)
-    order.shuffle(shuffled)
-    for one in shuffled:
-        late.set_object(parse_object(one))
-        late.resolve(labels(SUBJECTS[0]), SUBJECTS[0].ports)
-    for thing in population:
-        late.identities.add(
-            IdentityId(thing.identity), labels(thing), ip_network(thing.network) if thing.network else None
-        )
-        late.set_named_ports(IdentityId(thing.identity), thing.ports)
+    told = [*EVERYTHING, *GROUPS, *SERVICES, *policies]
+    order.shuffle(told)
+    for one in told:
+        tell(late, one)
+        if order.random() < 0.2:
+            resolve(late, SUBJECTS[1])
     for subject in SUBJECTS:
-        assert late.resolve(labels(subject), subject.ports) == first.resolve(labels(subject), subject.ports)
+        assert resolve(late, subject) == resolve(first, subject)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-@given(policies=documents(), missing=st.sampled_from([one for one in EVERYTHING if one.identity >= 256]))
+@given(policies=EVERY, missing=st.sampled_from([one for one in EVERYTHING if one.identity >= 256]))
 def test_an_identity_that_is_not_known_yet_gets_no_more_than_it_will(
     btf: Btf, policies: list[dict[str, Any]], missing: Thing
 ) -> None:
     """Fail closed: with the agent stopped, or behind, an unknown identity is never allowed what its rules deny."""
     engine = engine_of(policies, [one for one in EVERYTHING if one is not missing])
     kernel = Kernel(btf)
-    desired = {EndpointId(one.identity): engine.resolve(labels(one), one.ports) for one in SUBJECTS}
+    desired = {EndpointId(one.identity): resolve(engine, one) for one in SUBJECTS}
     known = [IdentityId(one.identity) for one in EVERYTHING if one is not missing]
     kernel.policy.apply(desired, known, complete=False)
     model = PolicyModel(kernel.tables)
@@ -133,5 +158,5 @@ def test_an_identity_that_is_not_known_yet_gets_no_more_than_it_will(
         ids = kernel.endpoints.policies()[EndpointId(subject.identity)]
         for direction, number in zip(("egress", "ingress"), ids, strict=True):
             for protocol, port in POINTS:
-                if judge(policies, subject, missing, direction, protocol, port)[0] == "deny":
+                if judge(policies, subject, missing, direction, protocol, port, SETTING)[0] == "deny":
                     assert model.lookup(number, missing.identity, protocol, port).verdict is RowVerdict.DENY
