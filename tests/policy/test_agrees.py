@@ -105,7 +105,7 @@ def meaning(verdict: tuple[str, frozenset[str]]) -> tuple[str, frozenset[str]]:
     return (kind, frozenset({"*"})) if anything & rules else verdict
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
 @given(policies=EVERY, order=st.randoms(use_true_random=False))
 def test_engine_and_maps_agree_with_the_naive_evaluator(btf: Btf, policies: list[dict[str, Any]], order: Any) -> None:
     population = [*EVERYTHING, *SUBJECTS]
@@ -127,7 +127,7 @@ def test_engine_and_maps_agree_with_the_naive_evaluator(btf: Btf, policies: list
                     assert meaning(answer) == meaning(wanted), (direction, subject, peer, protocol, port)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(policies=EVERY, order=st.randoms(use_true_random=False))
 def test_order_of_arrival_does_not_matter(policies: list[dict[str, Any]], order: Any) -> None:
     first = engine_of(policies, EVERYTHING)
@@ -142,7 +142,7 @@ def test_order_of_arrival_does_not_matter(policies: list[dict[str, Any]], order:
         assert resolve(late, subject) == resolve(first, subject)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(policies=EVERY, missing=st.sampled_from([one for one in EVERYTHING if one.identity >= 256]))
 def test_an_identity_that_is_not_known_yet_gets_no_more_than_it_will(
     btf: Btf, policies: list[dict[str, Any]], missing: Thing

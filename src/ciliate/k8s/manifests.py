@@ -10,10 +10,11 @@ import msgspec
 import watchfiles
 import yaml
 
+from ciliate.policy.parse import CLUSTER_WIDE
+
 _SUFFIXES: Final = frozenset({".yaml", ".yml", ".json"})
-_CLUSTER_WIDE: Final = frozenset(
-    {"Namespace", "Node", "CiliumClusterwideNetworkPolicy", "ClusterNetworkPolicy", "CiliumCIDRGroup", "CiliumNode"}
-)
+CLUSTER_WIDE_KINDS: Final = frozenset({"Namespace", "Node", "CiliumNode"}) | CLUSTER_WIDE
+"""Kinds whose objects are in no namespace."""
 Raw = Mapping[str, Any]
 Stamp = tuple[int, int, int]
 _LARGEST: Final = 1_000_000
@@ -186,4 +187,4 @@ def object_key(document: Raw, where: str = "") -> ObjectKey:
     namespace = metadata.get("namespace") or "default"  # type: ignore[union-attr]
     if not isinstance(namespace, str):
         raise ManifestError(f"{where}: metadata.namespace must be a string")
-    return ObjectKey(kind, "" if kind in _CLUSTER_WIDE else namespace, name)
+    return ObjectKey(kind, "" if kind in CLUSTER_WIDE_KINDS else namespace, name)

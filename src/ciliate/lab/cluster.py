@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ciliate.client import AgentClient, AgentError
-from ciliate.k8s.manifests import ObjectKey, Raw
+from ciliate.k8s.manifests import CLUSTER_WIDE_KINDS, ObjectKey, Raw
 from ciliate.lab import agents, fabric, netns, pods, state
 from ciliate.lab.objects import Change, Plan, Store, kind_of, plan, text_of
 from ciliate.lab.state import PodFile
@@ -213,8 +213,7 @@ def key_of(text: str, namespace: str) -> ObjectKey:
     if not slash or not name:
         raise LabError(f"{text}: give KIND/NAME, for example pod/api-1")
     kind = kind_of(word)
-    wide = kind in ("Namespace", "Node", "CiliumClusterwideNetworkPolicy")
-    return ObjectKey(kind, "" if wide else namespace, name)
+    return ObjectKey(kind, "" if kind in CLUSTER_WIDE_KINDS else namespace, name)
 
 
 # ---- down ----------------------------------------------------------------------------------------------------------

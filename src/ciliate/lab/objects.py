@@ -4,7 +4,7 @@
 objects of their own (``NAME-1`` ... ``NAME-N``), as a controller would make them.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -12,9 +12,9 @@ from typing import Any, Final, Literal
 import msgspec
 
 from ciliate.k8s.manifests import ManifestError, ObjectKey, Raw, object_key, parse_documents
-from ciliate.k8s.objects import ObjectError, parse_namespace, parse_pod
+from ciliate.k8s.objects import ObjectError, parse_endpoint_slice, parse_namespace, parse_node, parse_pod, parse_service
 from ciliate.lab.topology import LabError
-from ciliate.policy.parse import API_VERSIONS, parse_object
+from ciliate.policy.parse import API_VERSIONS, parse_cidr_group, parse_object
 from ciliate.policy.rules import PolicyError
 
 Objects = Mapping[ObjectKey, Raw]
@@ -26,15 +26,24 @@ _OTHERS: Final[Mapping[str, str]] = {
     "Pod": "v1",
     "Service": "v1",
     "EndpointSlice": "discovery.k8s.io/v1",
+    "CiliumCIDRGroup": "cilium.io/v2",
     "Deployment": "apps/v1",
+}
+_PARSERS: Final[Mapping[str, Callable[[Raw], object]]] = {
+    "Namespace": parse_namespace,
+    "Node": parse_node,
+    "Service": parse_service,
+    "EndpointSlice": parse_endpoint_slice,
+    "CiliumCIDRGroup": parse_cidr_group,
 }
 KINDS: Final[Mapping[str, str]] = {**_OTHERS, **API_VERSIONS}
 """Kinds that the lab takes, with their apiVersion."""
 ALIASES: Final[Mapping[str, str]] = {
     "ns": "Namespace", "no": "Node", "po": "Pod", "svc": "Service", "deploy": "Deployment", "netpol": "NetworkPolicy",
-    "cnp": "CiliumNetworkPolicy", "ccnp": "CiliumClusterwideNetworkPolicy",
+    "cnp": "CiliumNetworkPolicy", "ccnp": "CiliumClusterwideNetworkPolicy", "ccg": "CiliumCIDRGroup",
     "networkpolicies": "NetworkPolicy", "ciliumnetworkpolicies": "CiliumNetworkPolicy",
     "ciliumclusterwidenetworkpolicies": "CiliumClusterwideNetworkPolicy",
+    "clusternetworkpolicies": "ClusterNetworkPolicy",
 }  # fmt: skip
 _SUFFIXES: Final = (".yaml", ".yml", ".json")
 
@@ -101,11 +110,11 @@ def validate(key: ObjectKey, raw: Raw) -> None:
             case "Pod":
                 parse_pod(raw)
                 _containers(key, raw)
-            case "Namespace":
-                parse_namespace(raw)
             case "Deployment":
                 for child, pod in expand(key, raw).items():
                     validate(child, pod)
+            case kind if kind in _PARSERS:
+                _PARSERS[kind](raw)
             case kind if kind in API_VERSIONS:
                 parse_object(raw)
     except (PolicyError, ObjectError) as error:
