@@ -3,6 +3,7 @@
 #pragma once
 #include "../lib/deliver.h"
 #include "../lib/neigh.h"
+#include "../lib/shortcut.h"
 
 static __always_inline bool owns_source(const struct endpoint *ep, const struct pkt *p)
 {
@@ -29,11 +30,15 @@ static __always_inline __u32 path_mtu(const struct scratch *s, const struct endp
 SEC("tc")
 int from_pod(struct __sk_buff *skb)
 {
-	struct scratch *s = start(skb, OBS_FROM_POD);
 	__u32 ifindex = skb->ifindex, mtu;
 	struct endpoint *ep;
+	struct scratch *s;
 	int result;
 
+	result = shortcut(skb);
+	if (result >= 0)
+		return result;
+	s = start(skb, OBS_FROM_POD);
 	if (!s)
 		return TC_ACT_SHOT;
 	end_remote(&s->ends[0], 0, false);

@@ -70,15 +70,35 @@ static __always_inline bool ct_closed(__u32 flags)
 	return flags & CT_RST || (flags & (CT_FIN_ORIG | CT_FIN_REPLY)) == (CT_FIN_ORIG | CT_FIN_REPLY);
 }
 
+/* Names a pod's interface at an epoch in one word, so that a row's can be read and written in one access. */
+static __always_inline __u64 ct_sender(__u64 epoch, __u32 ifindex)
+{
+	return epoch << 32 | ifindex;
+}
+
+/* Notes that this hook's pod was found to own the source address, for bpf/lib/shortcut.h. */
+static __always_inline void ct_note_sender(const struct scratch *s, struct ct_entry *e, bool reply)
+{
+	if (s->observation == OBS_FROM_POD)
+		e->sender[reply ? 1 : 0] = ct_sender(s->epoch, s->ifindex);
+}
+
+/* Counts one packet. Atomic: another CPU may have one of the same direction. */
+static __always_inline void ct_account(struct ct_entry *e, bool reply, __u32 octets)
+{
+	__u32 index = reply ? 1 : 0;
+
+	__sync_fetch_and_add(&e->packets[index], 1);
+	__sync_fetch_and_add(&e->bytes[index], octets);
+}
+
 /* Accounts one packet of an existing row; `reply`: its direction. */
 static __always_inline void ct_touch(struct scratch *s, struct ct_entry *e, bool reply, bool embryonic)
 {
 	struct pkt *p = &s->p;
 	__u32 before = e->flags, flags = before;
-	__u32 index = reply ? 1 : 0;
 
-	__sync_fetch_and_add(&e->packets[index], 1);
-	__sync_fetch_and_add(&e->bytes[index], p->length);
+	ct_account(e, reply, p->length);
 	if (p->quoted)
 		return;
 	if (reply)
@@ -132,6 +152,7 @@ static __always_inline int ct_create(struct scratch *s, bool from_b, __u32 flags
 	e->rule[DIR_EGRESS] = s->rule[DIR_EGRESS];
 	e->rule[DIR_INGRESS] = s->rule[DIR_INGRESS];
 	e->l7 = s->l7;
+	ct_note_sender(s, e, false);
 	if (s->leg == LEG_PROXY)
 		error = bpf_map_update_elem(&ct, &s->key, e, BPF_ANY);
 	else

@@ -102,17 +102,22 @@ static __noinline int resolve(struct scratch *s, int i)
 	return 0;
 }
 
+static __always_inline __u64 epoch_now(void)
+{
+	__u32 zero = 0;
+	__u64 *now = bpf_map_lookup_elem(&epoch, &zero);
+
+	return now ? *(volatile __u64 *)now : 0;
+}
+
 /* Starts a run: reads the epoch before anything that depends on it. */
 static __always_inline struct scratch *start(struct __sk_buff *skb, __u8 observation)
 {
 	struct scratch *s = scratch_get();
-	__u32 zero = 0;
-	__u64 *now;
 
 	if (!s)
 		return NULL;
-	now = bpf_map_lookup_elem(&epoch, &zero);
-	s->epoch = now ? *(volatile __u64 *)now : 0;
+	s->epoch = epoch_now();
 	s->now = bpf_ktime_get_boot_ns();
 	s->ifindex = skb->ifindex;
 	s->observation = observation;
@@ -127,16 +132,23 @@ static __always_inline struct scratch *start(struct __sk_buff *skb, __u8 observa
 	return s;
 }
 
-/* The only way into a pod. From an ingress hook the packet jumps into the pod's namespace in this pass. */
+/* The last step of every way into a pod; `macs`: Ethernet destination and source. From an ingress hook the packet jumps
+ * into the pod's namespace in this pass. Negative: a drop reason.
+ */
+static __always_inline int into_pod(struct __sk_buff *skb, const __u8 *macs, __u32 ifindex, __u32 octets, bool ingress)
+{
+	if (bpf_skb_store_bytes(skb, 0, macs, 2 * ETH_ALEN, 0))
+		return -DROP_WRITE_ERROR;
+	count(0, DIR_INGRESS, octets);
+	skb->mark = 0;
+	return ingress ? bpf_redirect_peer(ifindex, 0) : bpf_redirect(ifindex, 0);
+}
+
 static __always_inline int deliver_local(struct __sk_buff *skb, struct scratch *s)
 {
-	if (bpf_skb_store_bytes(skb, 0, s->macs, sizeof(s->macs), 0))
-		return drop(s, -DROP_WRITE_ERROR);
-	count(0, DIR_INGRESS, s->p.length);
-	skb->mark = 0;
-	if (s->observation == OBS_FROM_HOST)
-		return bpf_redirect(s->dest_ifindex, 0);
-	return bpf_redirect_peer(s->dest_ifindex, 0);
+	int result = into_pod(skb, s->macs, s->dest_ifindex, s->p.length, s->observation != OBS_FROM_HOST);
+
+	return result < 0 ? drop(s, result) : result;
 }
 
 /* Over the overlay; the source's identity travels as the VNI. */

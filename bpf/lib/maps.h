@@ -236,16 +236,17 @@ enum ct_flag {
 struct ct_entry {
 	__u64 expires;    /* bpf_ktime_get_boot_ns() */
 	__u64 epoch;      /* at which the verdict was decided */
-	__u64 born;       /* epoch at which the row was made */
+	__u64 sender[2];  /* ct_sender() of the pod that may send each direction, 0: none was seen */
 	__u64 packets[2]; /* original direction, reply direction */
 	__u64 bytes[2];
+	__u32 flags;       /* enum ct_flag */
+	__u32 l7;          /* rule set id if CT_PROXIED */
+	__u64 born;        /* epoch at which the row was made */
 	__u32 identity[2]; /* originator's, responder's */
 	__u32 rule
 		[DIR_MAX]; /* that decided the originator's egress, the responder's ingress; 0: that end is not here */
-	__u32 l7;          /* rule set id if CT_PROXIED */
-	__u32 flags;       /* enum ct_flag */
-	__u32 spare[2];
 };
+_Static_assert(sizeof(struct ct_entry) == 96, "struct ct_entry has no implicit padding");
 
 /* Connections that have seen both directions; a flood of half-open ones cannot push them out. */
 struct {
