@@ -118,7 +118,7 @@ static __always_inline struct scratch *start(struct __sk_buff *skb, __u8 observa
 	if (!s)
 		return NULL;
 	s->epoch = epoch_now();
-	s->now = bpf_ktime_get_boot_ns();
+	s->now = expiry_clock();
 	s->ifindex = skb->ifindex;
 	s->observation = observation;
 	s->direction = observation == OBS_FROM_POD ? DIR_EGRESS : DIR_INGRESS;

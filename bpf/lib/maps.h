@@ -234,7 +234,7 @@ enum ct_flag {
 };
 
 struct ct_entry {
-	__u64 expires;    /* bpf_ktime_get_boot_ns() */
+	__u64 expires;    /* expiry_clock() */
 	__u64 epoch;      /* at which the verdict was decided */
 	__u64 sender[2];  /* ct_sender() of the pod that may send each direction, 0: none was seen */
 	__u64 packets[2]; /* original direction, reply direction */
@@ -286,7 +286,7 @@ struct nat_entry {
 	__be16 port;
 	__u16 pad;
 	__u32 spare;
-	__u64 expires; /* bpf_ktime_get_boot_ns() */
+	__u64 expires; /* expiry_clock() */
 };
 
 struct {

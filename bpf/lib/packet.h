@@ -101,7 +101,7 @@ struct scratch {
 	struct ct_key key;
 	struct ct_entry fresh;
 	__u64 epoch;
-	__u64 now;
+	__u64 now; /* expiry_clock() */
 	__u32 ifindex;
 	__u32 l7;
 	__u32 rule[DIR_MAX];
@@ -127,6 +127,14 @@ struct {
 	__type(key, __u32);
 	__type(value, struct scratch);
 } scratch SEC(".maps");
+
+/* The clock of `expires`, nanoseconds, CLOCK_MONOTONIC as of the last tick: reading the hardware's clock costs more than
+ * finding a connection, and the shortest life is 10 s.
+ */
+static __always_inline __u64 expiry_clock(void)
+{
+	return bpf_ktime_get_coarse_ns();
+}
 
 static __always_inline struct scratch *scratch_get(void)
 {

@@ -112,7 +112,7 @@ static __always_inline int shortcut(struct __sk_buff *skb)
 	e = bpf_map_lookup_elem(&ct, &g.key);
 	if (!e)
 		return SHORTCUT_NONE;
-	now = bpf_ktime_get_boot_ns();
+	now = expiry_clock();
 	reply = g.from_b != !!(e->flags & CT_ORIG_B);
 	if (!row_answers(e, at, now, skb->ifindex, reply))
 		return SHORTCUT_NONE;
