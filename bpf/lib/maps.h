@@ -55,6 +55,8 @@ enum local_addr_flag {
 struct local_addr {
 	__u32 ifindex;
 	__u32 flags;
+	__u8 macs[12]; /* Ethernet destination and source of a frame to the pod: `mac` and `gw_mac` of its endpoint */
+	__u32 pad;
 };
 
 struct {

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* The middle of a TCP or UDP connection between two pods of this node, in three look-ups.
+/* The middle of a TCP or UDP connection between two pods of this node, in two look-ups.
  *
  * It may only repeat what the long way has found out for the same direction of the same connection at the same epoch:
  * everything the long way asks (who owns the source, both policies) is answered anew after the epoch has moved. Where the
@@ -101,7 +101,6 @@ static __always_inline bool row_answers(const struct ct_entry *e, __u64 at, __u6
 static __always_inline int shortcut(struct __sk_buff *skb)
 {
 	struct local_addr *local;
-	struct endpoint *ep;
 	struct ct_entry *e;
 	struct glance g;
 	__u64 at = epoch_now(), now;
@@ -119,10 +118,7 @@ static __always_inline int shortcut(struct __sk_buff *skb)
 	local = bpf_map_lookup_elem(&local_addrs, g.from_b ? &g.key.a : &g.key.b);
 	if (!local || local->flags & LOCAL_HOST)
 		return SHORTCUT_NONE;
-	ep = bpf_map_lookup_elem(&endpoints, &local->ifindex);
-	if (!ep)
-		return SHORTCUT_NONE;
 	ct_account(e, reply, g.length);
 	e->expires = now + ct_life(g.key.protocol, e->flags);
-	return into_pod(skb, ep->mac, ep->ifindex, g.length, true);
+	return into_pod(skb, local->macs, local->ifindex, g.length, true);
 }
