@@ -92,26 +92,37 @@ static __always_inline void ct_account(struct ct_entry *e, bool reply, __u32 oct
 	__sync_fetch_and_add(&e->bytes[index], octets);
 }
 
+/* What one more packet makes of a row's flags; `tcp_flags`: 0 for other protocols. */
+static __always_inline __u32 ct_flags_after(__u32 flags, __u8 tcp_flags, bool reply)
+{
+	if (reply)
+		flags |= CT_SEEN_REPLY;
+	if (tcp_flags & TCP_FIN)
+		flags |= reply ? CT_FIN_REPLY : CT_FIN_ORIG;
+	if (tcp_flags & TCP_RST)
+		flags |= CT_RST;
+	return flags;
+}
+
+/* Gives a row new flags and a new life. */
+static __always_inline void ct_refresh(struct ct_entry *e, __u32 before, __u32 flags, __u8 protocol, __u64 now)
+{
+	if (flags != before) /* bits only: another CPU may deny the connection at this moment */
+		__sync_fetch_and_or(&e->flags, flags & ~before);
+	e->expires = now + ct_life(protocol, flags);
+}
+
 /* Accounts one packet of an existing row; `reply`: its direction. */
 static __always_inline void ct_touch(struct scratch *s, struct ct_entry *e, bool reply, bool embryonic)
 {
 	struct pkt *p = &s->p;
-	__u32 before = e->flags, flags = before;
+	__u32 before = e->flags, flags;
 
 	ct_account(e, reply, p->length);
 	if (p->quoted)
 		return;
-	if (reply)
-		flags |= CT_SEEN_REPLY;
-	if (p->protocol == IPPROTO_TCP && p->frag != FRAG_LATER) {
-		if (p->tcp_flags & TCP_FIN)
-			flags |= reply ? CT_FIN_REPLY : CT_FIN_ORIG;
-		if (p->tcp_flags & TCP_RST)
-			flags |= CT_RST;
-	}
-	if (flags != before) /* bits only: another CPU may deny the connection at this moment */
-		__sync_fetch_and_or(&e->flags, flags & ~before);
-	e->expires = s->now + ct_life(p->protocol, flags);
+	flags = ct_flags_after(before, p->tcp_flags, reply);
+	ct_refresh(e, before, flags, p->protocol, s->now);
 	if (!ct_closed(before) && ct_closed(flags)) {
 		__builtin_memcpy(&s->fresh, e, sizeof(s->fresh));
 		s->rule[DIR_EGRESS] = e->rule[DIR_EGRESS];
