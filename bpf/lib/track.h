@@ -180,13 +180,17 @@ static __always_inline int track_known(struct scratch *s, struct ct_entry *e, bo
 	return TRACK_FORWARD;
 }
 
+static __always_inline bool is_first_segment(const struct pkt *p)
+{
+	return p->protocol == IPPROTO_TCP && p->frag != FRAG_LATER && (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
+}
+
 /* A first segment that begins another connection: the row's is over or denied, or it comes from the wrong end, which a
  * row must not let in unasked. A simultaneous open still works where both ends' policies allow it.
  */
 static __always_inline bool begins_anew(const struct pkt *p, const struct ct_entry *e, bool reply)
 {
-	return p->protocol == IPPROTO_TCP && p->frag != FRAG_LATER && (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN &&
-	       (reply || e->flags & CT_DENIED || ct_closed(e->flags));
+	return is_first_segment(p) && (reply || e->flags & CT_DENIED || ct_closed(e->flags));
 }
 
 /* Returns enum track_result or a negated drop reason. s->epoch was read before the ends were resolved. */
@@ -212,7 +216,8 @@ static __noinline int track(struct scratch *s, int mode)
 		reply = from_b != !!(e->flags & CT_ORIG_B);
 		anew = begins_anew(p, e, reply);
 	}
-	if (mode == TRACK_POLICY && (!e || (e->flags & CT_PROXIED && reply))) {
+	/* The proxy is asked by nobody: a first segment is no answer to it. */
+	if (mode == TRACK_POLICY && (e ? e->flags & CT_PROXIED && reply : !is_first_segment(p))) {
 		if (answers_proxy(s, from_b))
 			return TRACK_TO_SOCKET;
 		if (e) /* a server that speaks into a connection the proxy serves */
