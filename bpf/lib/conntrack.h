@@ -70,19 +70,6 @@ static __always_inline bool ct_closed(__u32 flags)
 	return flags & CT_RST || (flags & (CT_FIN_ORIG | CT_FIN_REPLY)) == (CT_FIN_ORIG | CT_FIN_REPLY);
 }
 
-/* Names a pod's interface at an epoch in one word, so that a row's can be read and written in one access. */
-static __always_inline __u64 ct_sender(__u64 epoch, __u32 ifindex)
-{
-	return epoch << 32 | ifindex;
-}
-
-/* Notes that this hook's pod was found to own the source address, for bpf/lib/shortcut.h. */
-static __always_inline void ct_note_sender(const struct scratch *s, struct ct_entry *e, bool reply)
-{
-	if (s->observation == OBS_FROM_POD)
-		e->sender[reply ? 1 : 0] = ct_sender(s->epoch, s->ifindex);
-}
-
 /* Counts one packet. Atomic: another CPU may have one of the same direction. */
 static __always_inline void ct_account(struct ct_entry *e, bool reply, __u32 octets)
 {
@@ -112,6 +99,13 @@ static __always_inline void ct_refresh(struct ct_entry *e, __u32 before, __u32 f
 	e->expires = now + ct_life(protocol, flags);
 }
 
+/* The first answer of a connection: moves its row where half-open floods and port scans cannot reach. */
+static __always_inline void ct_promote(const struct ct_key *key, const struct ct_entry *e)
+{
+	if (!bpf_map_update_elem(&ct, key, e, BPF_ANY))
+		bpf_map_delete_elem(&ct_new, key);
+}
+
 /* Accounts one packet of an existing row; `reply`: its direction. */
 static __always_inline void ct_touch(struct scratch *s, struct ct_entry *e, bool reply, bool embryonic)
 {
@@ -130,12 +124,8 @@ static __always_inline void ct_touch(struct scratch *s, struct ct_entry *e, bool
 		s->l7 = e->l7;
 		event_send(s, EVENT_END, VERDICT_FORWARDED, 0);
 	}
-	if (embryonic && reply && !ct_closed(flags)) {
-		/* Its first answer: move it where half-open floods and port scans cannot reach. */
-		__builtin_memcpy(&s->fresh, e, sizeof(s->fresh));
-		if (!bpf_map_update_elem(&ct, &s->key, &s->fresh, BPF_ANY))
-			bpf_map_delete_elem(&ct_new, &s->key);
-	}
+	if (embryonic && reply && !ct_closed(flags))
+		ct_promote(&s->key, e);
 }
 
 /* Makes the row of s->key for a packet whose source is end b if `from_b`. */
@@ -163,7 +153,6 @@ static __always_inline int ct_create(struct scratch *s, bool from_b, __u32 flags
 	e->rule[DIR_EGRESS] = s->rule[DIR_EGRESS];
 	e->rule[DIR_INGRESS] = s->rule[DIR_INGRESS];
 	e->l7 = s->l7;
-	ct_note_sender(s, e, false);
 	if (s->leg == LEG_PROXY)
 		error = bpf_map_update_elem(&ct, &s->key, e, BPF_ANY);
 	else

@@ -238,7 +238,7 @@ enum ct_flag {
 struct ct_entry {
 	__u64 expires;    /* expiry_clock() */
 	__u64 epoch;      /* at which the verdict was decided */
-	__u64 sender[2];  /* ct_sender() of the pod that may send each direction, 0: none was seen */
+	__u64 sender[2];  /* sender_word() of the pod that may send each direction, 0: none was seen */
 	__u64 packets[2]; /* original direction, reply direction */
 	__u64 bytes[2];
 	__u32 flags;       /* enum ct_flag */

@@ -1,10 +1,9 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* The middle of a TCP or UDP connection between two pods of this node, in two look-ups.
+/* TCP and UDP between two pods of this node, where the connection is known: two look-ups.
  *
- * It may only repeat what the long way has found out for the same direction of the same connection at the same epoch:
- * everything the long way asks (who owns the source, both policies) is answered anew after the epoch has moved. Where the
- * destination is now is looked up here as well. Whatever is not plain, and what begins or ends a connection, goes the
- * long way; so does an error, which is reported there.
+ * The verdict is that of the conntrack row and may be used while the row's epoch is that of now, as on the long way. Where
+ * the destination is, and whether the source is the pod's own, is looked up here; the latter once an epoch. Whatever is
+ * not plain, and what begins or ends a connection, goes the long way; so does an error, which is reported there.
  */
 #pragma once
 #include "deliver.h"
@@ -32,7 +31,7 @@ static __always_inline bool glance_l4(struct glance *g, const void *l4, const vo
 		if ((const void *)(tcp + 1) > end || tcp->doff < 5 || tcp->doff * 4U > room)
 			return false;
 		g->tcp_flags = ((const __u8 *)l4)[13];
-		if (g->tcp_flags & TCP_SYN)
+		if ((g->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN)
 			return false;
 	} else if (protocol != IPPROTO_UDP || (const void *)((const struct udphdr *)l4 + 1) > end ||
 		   room < sizeof(struct udphdr)) {
@@ -94,41 +93,59 @@ static __always_inline bool glance(const struct __sk_buff *skb, struct glance *g
 	return plain && g->length <= SHORTCUT_MAX && g->length <= skb->len - ETH_HLEN_;
 }
 
-/* Whether the row, whose flags were read before, answers for this direction now. */
-static __always_inline bool row_answers(const struct ct_entry *e, __u32 flags, __u64 at, __u64 now, __u32 ifindex,
-					bool reply)
+/* Whether the pod behind this interface owns the source address. What was found once is noted in the row, interface and
+ * epoch in one word, so that it can be read and written in one access.
+ */
+static __always_inline bool sender_owns(struct ct_entry *e, bool reply, __u64 at, __u32 ifindex,
+					const union addr *source)
 {
-	return e->epoch == at && e->sender[reply ? 1 : 0] == ct_sender(at, ifindex) && e->expires > now &&
-	       (flags & (CT_SEEN_REPLY | CT_DENIED | CT_PROXIED)) == CT_SEEN_REPLY;
+	__u64 word = at << 32 | ifindex;
+	struct endpoint *ep;
+
+	if (e->sender[reply ? 1 : 0] == word)
+		return true;
+	ep = bpf_map_lookup_elem(&endpoints, &ifindex);
+	if (!ep || !addr_equal(source, addr_is_v4(source) ? &ep->v4 : &ep->v6))
+		return false;
+	e->sender[reply ? 1 : 0] = word;
+	return true;
 }
 
-/* From a pod: returns what the hook shall return, or SHORTCUT_NONE. Changes nothing in the latter case. */
+/* From a pod: returns what the hook shall return, or SHORTCUT_NONE, and then nothing has been counted or changed. */
 static __always_inline int shortcut(struct __sk_buff *skb)
 {
+	bool embryonic = false, reply;
 	struct local_addr *local;
 	struct ct_entry *e;
 	struct glance g;
 	__u64 at = epoch_now(), now;
 	__u32 before, flags;
-	bool reply;
 
 	if (!glance(skb, &g))
 		return SHORTCUT_NONE;
+	local = bpf_map_lookup_elem(&local_addrs, g.from_b ? &g.key.a : &g.key.b);
+	if (!local || local->flags & LOCAL_HOST)
+		return SHORTCUT_NONE;
 	e = bpf_map_lookup_elem(&ct, &g.key);
+	if (!e) {
+		e = bpf_map_lookup_elem(&ct_new, &g.key);
+		embryonic = true;
+	}
 	if (!e)
 		return SHORTCUT_NONE;
 	now = expiry_clock();
 	before = e->flags;
 	reply = g.from_b != !!(before & CT_ORIG_B);
-	if (!row_answers(e, before, at, now, skb->ifindex, reply))
-		return SHORTCUT_NONE;
 	flags = ct_flags_after(before, g.tcp_flags, reply);
+	if (e->epoch != at || e->expires <= now || before & (CT_DENIED | CT_PROXIED))
+		return SHORTCUT_NONE;
 	if (ct_closed(flags) && !ct_closed(before)) /* there is an end to report */
 		return SHORTCUT_NONE;
-	local = bpf_map_lookup_elem(&local_addrs, g.from_b ? &g.key.a : &g.key.b);
-	if (!local || local->flags & LOCAL_HOST)
+	if (!sender_owns(e, reply, at, skb->ifindex, g.from_b ? &g.key.b : &g.key.a))
 		return SHORTCUT_NONE;
 	ct_account(e, reply, g.length);
 	ct_refresh(e, before, flags, g.key.protocol, now);
+	if (embryonic && reply && !ct_closed(flags))
+		ct_promote(&g.key, e);
 	return into_pod(skb, local->macs, local->ifindex, g.length, true);
 }

@@ -170,7 +170,6 @@ static __always_inline int track_known(struct scratch *s, struct ct_entry *e, bo
 		s->rule[DIR_INGRESS] = e->rule[DIR_INGRESS];
 		return -DROP_POLICY_DENIED;
 	}
-	ct_note_sender(s, e, reply);
 	ct_touch(s, e, reply, embryonic);
 	s->flags = e->flags;
 	if (e->flags & CT_PROXIED && !reply) {
