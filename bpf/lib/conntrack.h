@@ -42,17 +42,24 @@ static __always_inline bool ct_valid(const struct scratch *s, const struct ct_en
 	return e->expires > s->now && e->born >= s->ends[0].since && e->born >= s->ends[1].since;
 }
 
-/* The row of s->key, NULL if there is none that is valid. `embryonic` tells in which table it stands. */
+/* The row of s->key, NULL if there is none that is valid. `embryonic` tells in which table it stands, s->settled whether
+ * a connection that takes its place stands in `ct`.
+ */
 static __always_inline struct ct_entry *ct_find(struct scratch *s, bool *embryonic)
 {
 	struct ct_entry *e = bpf_map_lookup_elem(&ct, &s->key);
 
 	*embryonic = false;
-	if (!e || !ct_valid(s, e)) { /* a dead row must not hide the connection that uses its ports again */
-		e = bpf_map_lookup_elem(&ct_new, &s->key);
-		*embryonic = true;
-	}
-	return e && ct_valid(s, e) ? e : NULL;
+	s->settled = !!e;
+	if (e && ct_valid(s, e))
+		return e;
+	/* A dead row must not hide the connection that uses its ports again. */
+	e = bpf_map_lookup_elem(&ct_new, &s->key);
+	if (!e || !ct_valid(s, e))
+		return NULL;
+	*embryonic = true;
+	s->settled = 0;
+	return e;
 }
 
 static __always_inline __u64 ct_life(__u8 protocol, __u32 flags)
@@ -153,7 +160,8 @@ static __always_inline int ct_create(struct scratch *s, bool from_b, __u32 flags
 	e->rule[DIR_EGRESS] = s->rule[DIR_EGRESS];
 	e->rule[DIR_INGRESS] = s->rule[DIR_INGRESS];
 	e->l7 = s->l7;
-	if (s->leg == LEG_PROXY)
+	/* In the place of a connection that is over it pushes out no other: it need not move after its first answer. */
+	if (s->leg == LEG_PROXY || s->settled)
 		error = bpf_map_update_elem(&ct, &s->key, e, BPF_ANY);
 	else
 		error = bpf_map_update_elem(&ct_new, &s->key, e, BPF_ANY);

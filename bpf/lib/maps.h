@@ -250,7 +250,7 @@ struct ct_entry {
 };
 _Static_assert(sizeof(struct ct_entry) == 96, "struct ct_entry has no implicit padding");
 
-/* Connections that have seen both directions; a flood of half-open ones cannot push them out. */
+/* Connections that have seen both directions, and those that took the place of one that did; a flood of half-open ones cannot push them out. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 262144);
@@ -259,7 +259,7 @@ struct {
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } ct SEC(".maps");
 
-/* Connections that have seen one direction only. */
+/* Other connections that have seen one direction only. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 65536);

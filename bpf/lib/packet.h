@@ -108,6 +108,7 @@ struct scratch {
 	__u8 observation;
 	__u8 ct_state;
 	__u8 leg;
+	__u8 settled;   /* a new row of `key` belongs in `ct` */
 	__u8 answers;   /* the packet goes against the originator's direction: a reply, or an error about its packets */
 	__u8 direction; /* that denied */
 	__u8 audit;

@@ -235,7 +235,7 @@ static __noinline int track(struct scratch *s, int mode)
 		return error;
 	if (s->l7)
 		s->flags |= CT_PROXIED;
-	if (anew)
+	if (anew && !s->settled)
 		bpf_map_delete_elem(&ct, &s->key); /* only now: a refused attempt leaves the row alone */
 	error = ct_create(s, from_b, s->flags);
 	if (error)
