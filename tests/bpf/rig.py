@@ -254,7 +254,9 @@ class Rig:
             a: IpcacheRow(identity=1007, tunnel=remote, pod=True) for a in REMOTE_POD.values()
         }
         rows |= {a: IpcacheRow(identity=6, tunnel=remote, node=True) for a in OTHER_NODE.values()}
-        rows["192.0.2.3"] = IpcacheRow(identity=6, tunnel=IPv4Address("192.0.2.3"), node=True)
+        third = IPv4Address("192.0.2.3")
+        rows |= {a: IpcacheRow(identity=6, tunnel=third, node=True) for a in ("192.0.2.3", "2001:db8::3")}
+        rows |= {a: IpcacheRow(identity=1008, tunnel=third, pod=True) for a in ("10.3.0.8", "fd00:3::8")}
         rows |= {"198.51.100.0/24": IpcacheRow(identity=CIDR_IDENTITY)}
         rows |= {"2001:db8:eeee::/64": IpcacheRow(identity=CIDR_IDENTITY)}
         path.ipcache.upsert(rows)
