@@ -9,8 +9,8 @@ from tests.bpf.packets import tcp, udp, vxlan
 from tests.bpf.policies import EGRESS, INGRESS
 from tests.bpf.rig import (
     CIDR,
-    NODE,
     NOBODY,
+    NODE,
     OTHER_NODE,
     REMOTE_POD,
     WORLD,
