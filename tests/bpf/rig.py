@@ -178,6 +178,8 @@ class Rig:
         self.far = self.wire(self.far_ns, "eth0")
         self.host = Host(self.node)
         self.pods: dict[int, Pod] = {}
+        self.numbers = {name: int(index) for name, index in self.path.status()["devices"].items()}
+        """Interface numbers by device name, and ``pod2``."""
         for number in pods:
             self.add_pod(number)
         self.neighbours()
@@ -293,6 +295,7 @@ class Rig:
             gw_mac=wired.gw_mac,
             wire=self.wire(netns, "eth0"),
         )
+        self.numbers[f"pod{number}"] = wired.ifindex
         return pod
 
     def apply(self, policies: Mapping[int, tuple[PolicyImage | None, PolicyImage | None]] | None = None) -> None:
@@ -307,12 +310,6 @@ class Rig:
     def do(self, work: Callable[[], T]) -> T:
         """Run in the node's namespace."""
         return in_netns(self.node, work)
-
-    @property
-    def numbers(self) -> dict[str, int]:
-        """Interface numbers by device name, and ``pod2``."""
-        found = {name: int(index) for name, index in self.path.status()["devices"].items()}
-        return found | {f"pod{n}": pod.ifindex for n, pod in self.pods.items()}
 
     def run(self, program: str, device: str, frame: Packet | bytes, **context: int) -> RunResult:
         """Run one program on a frame, as if it had come to (or left by) a device."""
