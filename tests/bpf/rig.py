@@ -5,13 +5,14 @@ made by a test or by the datapath, and its octets can be compared.
 """
 
 import contextlib
+import itertools
 import select
 import socket
 import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
@@ -49,6 +50,9 @@ WORLD = {4: "203.0.113.9", 6: "2001:db8:ffff::9"}
 CIDR = {4: "198.51.100.7", 6: "2001:db8:eeee::7"}
 REMOTE_POD = {4: "10.2.0.7", 6: "fd00:2::7"}
 NOBODY = {4: "10.1.0.99", 6: "fd00:1::99"}
+
+
+_SERIAL = itertools.count()
 
 
 def pod_address(number: int, family: int) -> str:
@@ -159,8 +163,9 @@ class Rig:
 
     def __init__(self, stack: ExitStack, *, pods: tuple[int, ...] = (2, 3, 4), **changes: Any) -> None:
         self._stack = stack
-        self.node = stack.enter_context(namespace("bpf"))
-        self.far_ns = stack.enter_context(namespace("far"))
+        self._serial = next(_SERIAL)
+        self.node = stack.enter_context(namespace(f"bpf{self._serial}"))
+        self.far_ns = stack.enter_context(namespace(f"far{self._serial}"))
         self._cable()
         self.path = self._open(changes)
         self.do(
@@ -266,7 +271,7 @@ class Rig:
 
     def add_pod(self, number: int, *, families: tuple[int, ...] = (4, 6), quiet: bool = True) -> Pod:
         """Wire a pod. ``quiet``: take its addresses away again, so that only the test speaks."""
-        netns = self._stack.enter_context(namespace(f"bpfpod{number}"))
+        netns = self._stack.enter_context(namespace(f"bpf{self._serial}pod{number}"))
         addresses = [cls(pod_address(number, f)) for f, cls in ((4, IPv4Address), (6, IPv6Address)) if f in families]
         device = devices.pod_device_name(f"bpf-{number}")
         wired = self.do(lambda: self.path.wire_endpoint(device, netns, addresses=addresses))
@@ -316,6 +321,29 @@ class Rig:
         data, number = bytes(frame), self.numbers[device]
         one = self.path._object.programs[program]
         return self.do(lambda: one.test_run(data, context={"ifindex": number, **context}))
+
+    def flood(self, frames: Iterable[tuple[int, bytes]]) -> list[int]:
+        """Run many frames, each as from a pod; return the results. Nothing is waited for or delivered."""
+        one = self.path._object.programs["from_pod"]
+        contexts = {number: {"ifindex": pod.ifindex} for number, pod in self.pods.items()}
+
+        def work() -> list[int]:
+            return [one.test_run(f, context=contexts[number], out_size=512).retval for number, f in frames]
+
+        return self.do(work)
+
+    def connections(self, **columns: Any) -> list[dict[str, Any]]:
+        """Return the rows of conntrack with these values in these columns."""
+        return [r for r in self.path.conntrack.list() if all(r[name] == value for name, value in columns.items())]
+
+    def change_rows(self, table: str, **columns: int) -> None:
+        """Overwrite columns of every row of a table."""
+        one = self.path.map(table)
+        keys, values = one.dump()
+        values = values.copy()
+        for name, value in columns.items():
+            values[name] = value
+        one.update(keys, values)
 
     def from_pod(self, number: int, packet: Packet) -> Packet:
         """Return the frame in which a pod sends a packet."""
