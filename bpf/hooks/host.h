@@ -43,6 +43,8 @@ int from_host(struct __sk_buff *skb)
 	result = resolve(s, 1);
 	if (result < 0)
 		return drop(s, result);
+	if (s->kind == DEST_NATIVE && !s->dest_node) /* the route led here, so it was meant for a pod */
+		return drop(s, -DROP_NO_ENDPOINT);
 	mode = host_mode(skb, s);
 	result = track(s, mode);
 	if (result < 0)
@@ -62,7 +64,7 @@ int from_host(struct __sk_buff *skb)
 	case DEST_NATIVE:
 		if (s->dest_node == 2)
 			return send_native(skb, s);
-		return drop(s, -DROP_NO_ENDPOINT); /* the route led here, so it was meant for a pod */
+		return drop(s, -DROP_NO_ENDPOINT);
 	default:
 		return drop(s, -DROP_NO_ENDPOINT);
 	}

@@ -31,7 +31,8 @@ static __always_inline int check_sender(struct scratch *s, const union addr *out
 	if (stays_on_link(&s->p.saddr) || bpf_map_lookup_elem(&local_addrs, &s->p.saddr))
 		return -DROP_INVALID_SIP;
 	inner = ipcache_find(&s->p.saddr);
-	if (inner && inner->flags & IPCACHE_POD && !addr_equal(&inner->tunnel, outer))
+	if (inner && inner->flags & (IPCACHE_POD | IPCACHE_NODE) && !addr_equal(&inner->tunnel, outer) &&
+	    (inner->flags & IPCACHE_POD || !addr_zero(&inner->tunnel)))
 		return -DROP_INVALID_SIP;
 	if (inner && inner->flags & IPCACHE_NODE)
 		return identity == IDENTITY_REMOTE_NODE ? 0 : -DROP_INVALID_SIP;

@@ -306,13 +306,13 @@ static __always_inline int parse_v4(struct __sk_buff *skb, struct pkt *p)
 
 	if (bpf_skb_load_bytes(skb, ETH_HLEN_, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl < 5)
 		return -DROP_INVALID_PACKET;
+	addr_set_v4(&p->saddr, ip.saddr);
+	addr_set_v4(&p->daddr, ip.daddr);
 	p->length = bpf_ntohs(ip.tot_len);
 	if (!p->length && skb->gso_segs) /* larger than the field can say */
 		p->length = skb->len - ETH_HLEN_;
 	if (p->length < (__u32)ip.ihl * 4 || p->length > skb->len - ETH_HLEN_)
 		return -DROP_INVALID_PACKET;
-	addr_set_v4(&p->saddr, ip.saddr);
-	addr_set_v4(&p->daddr, ip.daddr);
 	p->family = 4;
 	p->protocol = ip.protocol;
 	p->l4 = ETH_HLEN_ + ip.ihl * 4;
@@ -385,13 +385,13 @@ static __always_inline int parse_v6(struct __sk_buff *skb, struct pkt *p)
 
 	if (bpf_skb_load_bytes(skb, ETH_HLEN_, &ip, sizeof(ip)) || ip.version != 6)
 		return -DROP_INVALID_PACKET;
+	__builtin_memcpy(&p->saddr, &ip.saddr, 16);
+	__builtin_memcpy(&p->daddr, &ip.daddr, 16);
 	p->length = bpf_ntohs(ip.payload_len) + sizeof(ip);
 	if (!ip.payload_len && skb->gso_segs)
 		p->length = skb->len - ETH_HLEN_;
 	if (p->length > skb->len - ETH_HLEN_)
 		return -DROP_INVALID_PACKET;
-	__builtin_memcpy(&p->saddr, &ip.saddr, 16);
-	__builtin_memcpy(&p->daddr, &ip.daddr, 16);
 	if (addr_is_v4(&p->saddr) || addr_is_v4(&p->daddr))
 		return -DROP_INVALID_PACKET; /* mapped addresses have no place on the wire (RFC 4942, 2.2) */
 	p->family = 6;
