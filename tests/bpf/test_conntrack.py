@@ -59,10 +59,19 @@ def test_lifetimes_follow_the_state(node: Rig, family: int) -> None:
         assert seconds - 5 < expires(node) <= seconds
     assert talk.ask("S") == REDIRECT, "the same ports again"
     (row,) = node.connections()
-    assert (row["packets"], row["table"], row["flags"]) == ([1, 0], "ct_new", [])
+    assert (row["packets"], row["table"], row["flags"]) == ([1, 0], "ct", []), "it pushes out no other there"
     assert talk.answer("RA") == REDIRECT
     assert expires(node) <= 10
-    assert node.connections()[0]["table"] == "ct_new", "a refusal is no connection: port scans stay out of `ct`"
+
+
+@both
+def test_refused_attempt_stays_out_of_the_table_of_connections_when_its_ports_are_new(node: Rig, family: int) -> None:
+    """A refusal is no connection: port scans push nothing out of ``ct``."""
+    node.apply(CLOSED_BOTH_WAYS)
+    talk = Talk(node, family)
+    assert [talk.ask("S"), talk.answer("RA")] == [REDIRECT] * 2
+    assert expires(node) <= 10
+    assert node.connections()[0]["table"] == "ct_new"
 
 
 @both
