@@ -9,8 +9,9 @@
 #include "deliver.h"
 
 #define SHORTCUT_NONE (-1)
-/* No pod's path takes less (path_mtu()), so nothing up to here can be too big. */
+/* No pod's path takes less (path_mtu()), so a packet or segment up to here cannot be too big. */
 #define SHORTCUT_MAX 65000
+#define HEADERS_MAX 128 /* more than the plain headers that a segment repeats */
 
 /* What of a packet the shortcut needs. */
 struct glance {
@@ -90,7 +91,9 @@ static __always_inline bool glance(const struct __sk_buff *skb, struct glance *g
 		plain = glance_v4(skb, g);
 	else if (config_ipv6 && skb->protocol == bpf_htons(ETH_P_IPV6))
 		plain = glance_v6(skb, g);
-	return plain && g->length <= SHORTCUT_MAX && g->length <= skb->len - ETH_HLEN_;
+	if (!plain || g->length > skb->len - ETH_HLEN_)
+		return false;
+	return g->length <= SHORTCUT_MAX || (skb->gso_size && skb->gso_size <= SHORTCUT_MAX - HEADERS_MAX);
 }
 
 /* Whether the pod behind this interface owns the source address. What was found once is noted in the row, interface and
