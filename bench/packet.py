@@ -55,7 +55,5 @@ def run(wanted: set[str], rounds: int, progress: Callable[[str], None]) -> list[
             one(answer, flags)
         times = [float(one(answer, _ACK | _PUSH, REPEAT)) for _ in range(rounds) for answer in (False, True)]
     progress(f"packet: {rounds} rounds")
-    note = (
-        f"both directions, {REPEAT:,} runs a round, warm caches; a program that does nothing takes about 26 ns"
-    )
+    note = f"both directions, {REPEAT:,} runs a round, warm caches; a program that does nothing takes about 26 ns"
     return [absolute(ESTABLISHED, float(np.median(times)), times, unit="ns", below=None, note=note)]
