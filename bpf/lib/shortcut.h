@@ -96,13 +96,25 @@ static __always_inline bool glance(const struct __sk_buff *skb, struct glance *g
 	return g->length <= SHORTCUT_MAX || (skb->gso_size && skb->gso_size <= SHORTCUT_MAX - HEADERS_MAX);
 }
 
-/* Whether the pod behind this interface owns the source address. What was found once is noted in the row, interface and
- * epoch in one word, so that it can be read and written in one access.
+/* Names the sender of a connection's direction at an epoch in one word, which can be read and written in one access. The
+ * connection is mixed in: the row may have become another one's since it was found, as rows of an LRU map do.
  */
-static __always_inline bool sender_owns(struct ct_entry *e, bool reply, __u64 at, __u32 ifindex,
-					const union addr *source)
+static __always_inline __u64 sender_word(const struct glance *g, __u64 at, __u32 ifindex)
 {
-	__u64 word = at << 32 | ifindex;
+	__u64 word = at << 33 | (__u64)g->from_b << 32 | ifindex;
+	const struct ct_key *key = &g->key;
+
+	word = word * 0x9e3779b97f4a7c15ULL ^ key->a.d[1] ^ key->b.d[0];
+	word = word * 0xbf58476d1ce4e5b9ULL ^ key->b.d[1] ^ key->a.d[0];
+	word = word * 0x94d049bb133111ebULL;
+	return word ^ ((__u64)key->aport << 32 | (__u64)key->bport << 16 | key->protocol);
+}
+
+/* Whether the pod behind this interface owns the packet's source address. What was found once is noted in the row. */
+static __always_inline bool sender_owns(struct ct_entry *e, const struct glance *g, bool reply, __u64 at, __u32 ifindex)
+{
+	const union addr *source = g->from_b ? &g->key.b : &g->key.a;
+	__u64 word = sender_word(g, at, ifindex);
 	struct endpoint *ep;
 
 	if (e->sender[reply ? 1 : 0] == word)
@@ -144,7 +156,7 @@ static __always_inline int shortcut(struct __sk_buff *skb)
 		return SHORTCUT_NONE;
 	if (ct_closed(flags) && !ct_closed(before)) /* there is an end to report */
 		return SHORTCUT_NONE;
-	if (!sender_owns(e, reply, at, skb->ifindex, g.from_b ? &g.key.b : &g.key.a))
+	if (!sender_owns(e, &g, reply, at, skb->ifindex))
 		return SHORTCUT_NONE;
 	ct_account(e, reply, g.length);
 	ct_refresh(e, before, flags, g.key.protocol, now);
