@@ -195,3 +195,23 @@ def test_udp_takes_the_shortcut_both_ways(node: Rig, family: int) -> None:
     assert row["bytes"] == [3 * ({4: 28, 6: 48}[family] + len(PAYLOAD))] * 2
     change = node.changed(*["NONE INGRESS"] * 6)
     assert change.verdicts() == [("VERDICT", "FORWARDED")]
+
+
+@both
+def test_note_in_a_row_that_became_another_connections_gives_no_right(node: Rig, family: int) -> None:
+    """As if the row of pod 4's connection had become pod 2's between the look-up and the note."""
+    three = pod_address(3, family)
+    for number in (2, 4):
+        here = pod_address(number, family)
+        assert send(node, number, tcp(here, three, *PORTS, "S")) == REDIRECT
+        assert send(node, 3, tcp(three, here, *reversed(PORTS), "SA")) == REDIRECT
+        assert send(node, number, tcp(here, three, *PORTS, "A")) == REDIRECT
+    node.changed(*["NONE INGRESS"] * 6)
+    table = node.path.map("ct")
+    keys, values = table.dump()
+    values = values.copy()
+    values["sender"] = values["sender"][::-1].copy()
+    table.update(keys, values)
+    assert send(node, 4, ask(family)) == SHOT
+    node.refused("INVALID_SIP", EGRESS)
+    assert send(node, 2, ask(family)) == REDIRECT, "its own right is found out anew"
