@@ -86,6 +86,7 @@ class Wire:
 
         self.socket: socket.socket = in_netns(netns, make)
         self.socket.setblocking(False)
+        self._waiting: list[tuple[int, bytes]] = []
 
     def send(self, frame: Packet | bytes) -> None:
         """Put a frame on the device."""
@@ -93,7 +94,7 @@ class Wire:
 
     def pending(self) -> list[tuple[int, bytes]]:
         """Return (packet type, frame) of all that is there now; what this end sent is left out."""
-        found = []
+        found, self._waiting = self._waiting, []
         with contextlib.suppress(BlockingIOError):
             while True:
                 data, (_, _, kind, *_) = self.socket.recvfrom(70000)
@@ -102,14 +103,14 @@ class Wire:
                     found.append((kind, data))
         return found
 
-    def receive(self, wanted: Callable[[bytes], bool] = lambda _: True) -> bytes:
-        """Return the next frame that is wanted and that the stack would take for its own."""
+    def receive(self) -> bytes:
+        """Return the next frame; check that the stack would take it for its own."""
         deadline = time.monotonic() + PATIENCE
         while (left := deadline - time.monotonic()) > 0:
-            for kind, data in self.pending():
-                if wanted(data):
-                    assert kind == socket.PACKET_HOST, f"the stack would take it for another machine's: {kind}"  # type: ignore[attr-defined]
-                    return data
+            if found := self.pending():
+                (kind, data), *self._waiting = found
+                assert kind == socket.PACKET_HOST, f"the stack would take it for another machine's: {kind}"  # type: ignore[attr-defined]
+                return data
             select.select([self.socket], [], [], left)
         raise AssertionError("no frame arrived")
 
