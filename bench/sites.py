@@ -9,6 +9,7 @@ from typing import Final
 
 from bench.space import Netns, bpffs, scratch
 from ciliate.datapath import devices
+from ciliate.datapath.devices import PodInterface
 from ciliate.datapath.endpoints import EndpointId, EndpointRow
 from ciliate.datapath.ipcache import IpcacheRow
 from ciliate.datapath.node import Datapath, DatapathConfig
@@ -21,7 +22,7 @@ FAR_PORT: Final = 5001
 NEAR_PORT: Final = 5002
 """Its server runs on the client's core: a round trip then is the path's cost, not that of waking an idle core."""
 MILLISECONDS: Final = 400
-_CLIENT, _SERVER = IPv4Address("10.1.0.2"), IPv4Address("10.1.0.3")
+CLIENT, SERVER = IPv4Address("10.1.0.2"), IPv4Address("10.1.0.3")
 _TCP: Final = 6
 
 
@@ -34,7 +35,7 @@ class Site:
     def measure(self, mode: str) -> float:
         """Return Gbit/s (``stream``), microseconds a round trip (``rr``) or connections a second (``connect``)."""
         port = FAR_PORT if mode == "stream" else NEAR_PORT
-        output = self.client.run(NETBENCH, "run", mode, str(_SERVER), str(port), str(MILLISECONDS), "0")
+        output = self.client.run(NETBENCH, "run", mode, str(SERVER), str(port), str(MILLISECONDS), "0")
         return float(json.loads(output)[{"stream": "gbit_s", "rr": "mean_us", "connect": "per_s"}[mode]])
 
 
@@ -50,7 +51,7 @@ def _pods(stack: ExitStack, name: str) -> tuple[Netns, Netns]:
 
 def _serve(stack: ExitStack, server: Netns) -> None:
     for port, cpu in ((FAR_PORT, 1), (NEAR_PORT, 0)):
-        server.serve(stack, NETBENCH, "serve", str(_SERVER), str(port), str(cpu), ready="ready")
+        server.serve(stack, NETBENCH, "serve", str(SERVER), str(port), str(cpu), ready="ready")
 
 
 def bridge(stack: ExitStack, name: str, rules: int | None) -> Site:
@@ -64,7 +65,7 @@ def bridge(stack: ExitStack, name: str, rules: int | None) -> Site:
     node.ip("link", "add", "br0", "type", "bridge")
     node.ip("link", "set", "br0", "up")
     node.sysctl(f"net.bridge.bridge-nf-call-iptables={int(rules is not None)}")
-    for number, (pod, address) in enumerate(zip(pods, (_CLIENT, _SERVER), strict=True)):
+    for number, (pod, address) in enumerate(zip(pods, (CLIENT, SERVER), strict=True)):
         node.ip("link", "add", f"pod{number}", "type", "veth", "peer", "name", "eth0", "netns", pod.name)
         node.ip("link", "set", f"pod{number}", "master", "br0", "up")
         pod.ip("address", "add", f"{address}/24", "dev", "eth0")
@@ -107,8 +108,18 @@ def underlay(stack: ExitStack, name: str) -> Netns:
     return node
 
 
-def ciliate(stack: ExitStack, name: str, rules: int | None) -> Site:
-    """Pods on a node of ours; ``rules``: so many in the client's egress policy and in the server's ingress policy."""
+@dataclass(frozen=True, slots=True)
+class Ours:
+    """A node of ours with a client's and a server's pod; ``devices``: their host-side interfaces, in this order."""
+
+    node: Netns
+    path: Datapath
+    pods: tuple[Netns, Netns]
+    devices: tuple[PodInterface, PodInterface]
+
+
+def ours(stack: ExitStack, name: str, rules: int | None) -> Ours:
+    """Wire both pods; ``rules``: so many in the client's egress policy and in the server's ingress policy."""
     node = underlay(stack, f"{name}-node")
     config = DatapathConfig(
         node_name=name,
@@ -120,10 +131,12 @@ def ciliate(stack: ExitStack, name: str, rules: int | None) -> Site:
     )
     path = node.do(lambda: Datapath.open(config))
     stack.callback(node.do, path.remove)
-    client, server = _pods(stack, name)
-    for number, (pod, address) in enumerate(((client, _CLIENT), (server, _SERVER)), 1):
+    pods = _pods(stack, name)
+    wires = []
+    for number, (pod, address) in enumerate(zip(pods, (CLIENT, SERVER), strict=True), 1):
         device = devices.pod_device_name(f"{name}-{number}")
         wired = node.do(lambda d=device, p=pod, a=address: path.wire_endpoint(d, p.path, addresses=[a]))  # type: ignore[misc]
+        wires.append(wired)
         path.ipcache.upsert({f"{address}/32": IpcacheRow(identity=1000 + number, pod=True)})
         path.endpoints.upsert(
             EndpointRow(
@@ -146,5 +159,11 @@ def ciliate(stack: ExitStack, name: str, rules: int | None) -> Site:
     report = path.apply_policy(desired, known, complete=True)
     if report.alarms:
         raise RuntimeError(f"the policy does not fit: {report.alarms[0]}")
-    _serve(stack, server)
-    return Site(client)
+    return Ours(node, path, pods, (wires[0], wires[1]))
+
+
+def ciliate(stack: ExitStack, name: str, rules: int | None) -> Site:
+    """Pods on a node of ours, with so many policy rules."""
+    made = ours(stack, name, rules)
+    _serve(stack, made.pods[1])
+    return Site(made.pods[0])

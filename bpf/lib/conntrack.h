@@ -42,17 +42,24 @@ static __always_inline bool ct_valid(const struct scratch *s, const struct ct_en
 	return e->expires > s->now && e->born >= s->ends[0].since && e->born >= s->ends[1].since;
 }
 
-/* The row of s->key, NULL if there is none that is valid. `embryonic` tells in which table it stands. */
+/* The row of s->key, NULL if there is none that is valid. `embryonic` tells in which table it stands, s->settled whether
+ * a connection that takes its place stands in `ct`.
+ */
 static __always_inline struct ct_entry *ct_find(struct scratch *s, bool *embryonic)
 {
 	struct ct_entry *e = bpf_map_lookup_elem(&ct, &s->key);
 
 	*embryonic = false;
-	if (!e) {
-		e = bpf_map_lookup_elem(&ct_new, &s->key);
-		*embryonic = true;
-	}
-	return e && ct_valid(s, e) ? e : NULL;
+	s->settled = !!e;
+	if (e && ct_valid(s, e))
+		return e;
+	/* A dead row must not hide the connection that uses its ports again. */
+	e = bpf_map_lookup_elem(&ct_new, &s->key);
+	if (!e || !ct_valid(s, e))
+		return NULL;
+	*embryonic = true;
+	s->settled = 0;
+	return e;
 }
 
 static __always_inline __u64 ct_life(__u8 protocol, __u32 flags)
@@ -70,28 +77,53 @@ static __always_inline bool ct_closed(__u32 flags)
 	return flags & CT_RST || (flags & (CT_FIN_ORIG | CT_FIN_REPLY)) == (CT_FIN_ORIG | CT_FIN_REPLY);
 }
 
+/* Counts one packet. Atomic: another CPU may have one of the same direction. */
+static __always_inline void ct_account(struct ct_entry *e, bool reply, __u32 octets)
+{
+	__u32 index = reply ? 1 : 0;
+
+	__sync_fetch_and_add(&e->packets[index], 1);
+	__sync_fetch_and_add(&e->bytes[index], octets);
+}
+
+/* What one more packet makes of a row's flags; `tcp_flags`: 0 for other protocols. */
+static __always_inline __u32 ct_flags_after(__u32 flags, __u8 tcp_flags, bool reply)
+{
+	if (reply)
+		flags |= CT_SEEN_REPLY;
+	if (tcp_flags & TCP_FIN)
+		flags |= reply ? CT_FIN_REPLY : CT_FIN_ORIG;
+	if (tcp_flags & TCP_RST)
+		flags |= CT_RST;
+	return flags;
+}
+
+/* Gives a row new flags and a new life. */
+static __always_inline void ct_refresh(struct ct_entry *e, __u32 before, __u32 flags, __u8 protocol, __u64 now)
+{
+	if (flags != before) /* bits only: another CPU may deny the connection at this moment */
+		__sync_fetch_and_or(&e->flags, flags & ~before);
+	e->expires = now + ct_life(protocol, flags);
+}
+
+/* The first answer of a connection: moves its row where half-open floods and port scans cannot reach. */
+static __always_inline void ct_promote(const struct ct_key *key, const struct ct_entry *e)
+{
+	if (!bpf_map_update_elem(&ct, key, e, BPF_ANY))
+		bpf_map_delete_elem(&ct_new, key);
+}
+
 /* Accounts one packet of an existing row; `reply`: its direction. */
 static __always_inline void ct_touch(struct scratch *s, struct ct_entry *e, bool reply, bool embryonic)
 {
 	struct pkt *p = &s->p;
-	__u32 before = e->flags, flags = before;
-	__u32 index = reply ? 1 : 0;
+	__u32 before = e->flags, flags;
 
-	__sync_fetch_and_add(&e->packets[index], 1);
-	__sync_fetch_and_add(&e->bytes[index], p->length);
+	ct_account(e, reply, p->length);
 	if (p->quoted)
 		return;
-	if (reply)
-		flags |= CT_SEEN_REPLY;
-	if (p->protocol == IPPROTO_TCP && p->frag != FRAG_LATER) {
-		if (p->tcp_flags & TCP_FIN)
-			flags |= reply ? CT_FIN_REPLY : CT_FIN_ORIG;
-		if (p->tcp_flags & TCP_RST)
-			flags |= CT_RST;
-	}
-	if (flags != before)
-		e->flags = flags;
-	e->expires = s->now + ct_life(p->protocol, flags);
+	flags = ct_flags_after(before, p->tcp_flags, reply);
+	ct_refresh(e, before, flags, p->protocol, s->now);
 	if (!ct_closed(before) && ct_closed(flags)) {
 		__builtin_memcpy(&s->fresh, e, sizeof(s->fresh));
 		s->rule[DIR_EGRESS] = e->rule[DIR_EGRESS];
@@ -99,12 +131,8 @@ static __always_inline void ct_touch(struct scratch *s, struct ct_entry *e, bool
 		s->l7 = e->l7;
 		event_send(s, EVENT_END, VERDICT_FORWARDED, 0);
 	}
-	if (embryonic && reply) {
-		/* Its first answer: move it where half-open floods cannot reach. */
-		__builtin_memcpy(&s->fresh, e, sizeof(s->fresh));
-		if (!bpf_map_update_elem(&ct, &s->key, &s->fresh, BPF_ANY))
-			bpf_map_delete_elem(&ct_new, &s->key);
-	}
+	if (embryonic && reply && !ct_closed(flags))
+		ct_promote(&s->key, e);
 }
 
 /* Makes the row of s->key for a packet whose source is end b if `from_b`. */
@@ -132,7 +160,8 @@ static __always_inline int ct_create(struct scratch *s, bool from_b, __u32 flags
 	e->rule[DIR_EGRESS] = s->rule[DIR_EGRESS];
 	e->rule[DIR_INGRESS] = s->rule[DIR_INGRESS];
 	e->l7 = s->l7;
-	if (s->leg == LEG_PROXY)
+	/* In the place of a connection that is over it pushes out no other: it need not move after its first answer. */
+	if (s->leg == LEG_PROXY || s->settled)
 		error = bpf_map_update_elem(&ct, &s->key, e, BPF_ANY);
 	else
 		error = bpf_map_update_elem(&ct_new, &s->key, e, BPF_ANY);

@@ -102,18 +102,23 @@ static __noinline int resolve(struct scratch *s, int i)
 	return 0;
 }
 
+static __always_inline __u64 epoch_now(void)
+{
+	__u32 zero = 0;
+	__u64 *now = bpf_map_lookup_elem(&epoch, &zero);
+
+	return now ? *(volatile __u64 *)now : 0;
+}
+
 /* Starts a run: reads the epoch before anything that depends on it. */
 static __always_inline struct scratch *start(struct __sk_buff *skb, __u8 observation)
 {
 	struct scratch *s = scratch_get();
-	__u32 zero = 0;
-	__u64 *now;
 
 	if (!s)
 		return NULL;
-	now = bpf_map_lookup_elem(&epoch, &zero);
-	s->epoch = now ? *(volatile __u64 *)now : 0;
-	s->now = bpf_ktime_get_boot_ns();
+	s->epoch = epoch_now();
+	s->now = expiry_clock();
 	s->ifindex = skb->ifindex;
 	s->observation = observation;
 	s->direction = observation == OBS_FROM_POD ? DIR_EGRESS : DIR_INGRESS;
@@ -127,16 +132,23 @@ static __always_inline struct scratch *start(struct __sk_buff *skb, __u8 observa
 	return s;
 }
 
-/* The only way into a pod. From an ingress hook the packet jumps into the pod's namespace in this pass. */
+/* The last step of every way into a pod; `macs`: Ethernet destination and source. From an ingress hook the packet jumps
+ * into the pod's namespace in this pass. Negative: a drop reason.
+ */
+static __always_inline int into_pod(struct __sk_buff *skb, const __u8 *macs, __u32 ifindex, __u32 octets, bool ingress)
+{
+	if (bpf_skb_store_bytes(skb, 0, macs, 2 * ETH_ALEN, 0))
+		return -DROP_WRITE_ERROR;
+	count(0, DIR_INGRESS, octets);
+	skb->mark = 0;
+	return ingress ? bpf_redirect_peer(ifindex, 0) : bpf_redirect(ifindex, 0);
+}
+
 static __always_inline int deliver_local(struct __sk_buff *skb, struct scratch *s)
 {
-	if (bpf_skb_store_bytes(skb, 0, s->macs, sizeof(s->macs), 0))
-		return drop(s, -DROP_WRITE_ERROR);
-	count(0, DIR_INGRESS, s->p.length);
-	skb->mark = 0;
-	if (s->observation == OBS_FROM_HOST)
-		return bpf_redirect(s->dest_ifindex, 0);
-	return bpf_redirect_peer(s->dest_ifindex, 0);
+	int result = into_pod(skb, s->macs, s->dest_ifindex, s->p.length, s->observation != OBS_FROM_HOST);
+
+	return result < 0 ? drop(s, result) : result;
 }
 
 /* Over the overlay; the source's identity travels as the VNI. */
@@ -164,7 +176,7 @@ static __always_inline int encapsulate(struct __sk_buff *skb, struct scratch *s)
 /* Out of the underlay device; the neighbour is the stack's business. A reply keeps the address that was asked. */
 static __always_inline int send_native(struct __sk_buff *skb, struct scratch *s)
 {
-	if (config_masquerade && s->dest_node != 2 && s->ct_state != CT_STATE_REPLY) {
+	if (config_masquerade && s->dest_node != 2 && !s->answers) {
 		int error = nat_out(skb, s);
 
 		if (error)
@@ -175,12 +187,26 @@ static __always_inline int send_native(struct __sk_buff *skb, struct scratch *s)
 	return bpf_redirect_neigh(config_native_ifindex, NULL, 0, 0);
 }
 
-/* A reply to a node that came by the overlay goes back that way; so do packets to pods elsewhere. */
-static __always_inline void route_replies(struct scratch *s)
+/* A reply to what came by the overlay goes back that way, to a node's address too, or nowhere. 0 or a drop reason. */
+static __always_inline int route_replies(struct scratch *s)
 {
-	if (s->kind == DEST_NATIVE && s->dest_node == 1 && s->flags & CT_TUNNEL && s->ct_state != CT_STATE_NEW) {
-		if (addr_zero(&s->tunnel))
-			s->tunnel = s->p.daddr;
-		s->kind = DEST_TUNNEL;
-	}
+	if (s->kind != DEST_NATIVE || !(s->flags & CT_TUNNEL) || s->ct_state == CT_STATE_NEW)
+		return 0;
+	if (s->dest_node != 1) /* a pod whose node the ipcache does not know (yet, or any more) */
+		return -DROP_NO_TUNNEL_ENDPOINT;
+	if (addr_zero(&s->tunnel))
+		s->tunnel = s->p.daddr;
+	s->kind = DEST_TUNNEL;
+	return 0;
+}
+
+/* Addresses that no router forwards to or from: multicast, reserved, loopback, unspecified, IPv6 link-local. */
+static __always_inline bool stays_on_link(const union addr *addr)
+{
+	__u8 first = addr->b[12];
+
+	if (addr_is_v4(addr))
+		return first >= 224 || first == 127 || !first;
+	return addr->b[0] == 0xff || (addr->b[0] == 0xfe && (addr->b[1] & 0xc0) == 0x80) ||
+	       (!addr->d[0] && !addr->w[2] && (addr->w[3] == bpf_htonl(1) || !addr->w[3]));
 }

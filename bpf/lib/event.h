@@ -30,7 +30,7 @@ static __noinline int event_send(struct scratch *s, __u8 type, __u8 verdict, __u
 		return 0;
 	}
 	__builtin_memset(e, 0, sizeof(*e));
-	e->time = s->now;
+	e->time = bpf_ktime_get_boot_ns();
 	e->saddr = s->p.saddr;
 	e->daddr = s->p.daddr;
 	e->sport = s->p.sport;

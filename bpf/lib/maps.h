@@ -55,6 +55,8 @@ enum local_addr_flag {
 struct local_addr {
 	__u32 ifindex;
 	__u32 flags;
+	__u8 macs[12]; /* Ethernet destination and source of a frame to the pod: `mac` and `gw_mac` of its endpoint */
+	__u32 pad;
 };
 
 struct {
@@ -234,20 +236,21 @@ enum ct_flag {
 };
 
 struct ct_entry {
-	__u64 expires;    /* bpf_ktime_get_boot_ns() */
+	__u64 expires;    /* expiry_clock() */
 	__u64 epoch;      /* at which the verdict was decided */
-	__u64 born;       /* epoch at which the row was made */
+	__u64 sender[2];  /* sender_word() of the pod that may send each direction, 0: none was seen */
 	__u64 packets[2]; /* original direction, reply direction */
 	__u64 bytes[2];
+	__u32 flags;       /* enum ct_flag */
+	__u32 l7;          /* rule set id if CT_PROXIED */
+	__u64 born;        /* epoch at which the row was made */
 	__u32 identity[2]; /* originator's, responder's */
 	__u32 rule
 		[DIR_MAX]; /* that decided the originator's egress, the responder's ingress; 0: that end is not here */
-	__u32 l7;          /* rule set id if CT_PROXIED */
-	__u32 flags;       /* enum ct_flag */
-	__u32 spare[2];
 };
+_Static_assert(sizeof(struct ct_entry) == 96, "struct ct_entry has no implicit padding");
 
-/* Connections that have seen both directions; a flood of half-open ones cannot push them out. */
+/* Connections that have seen both directions, and those that took the place of one that did; a flood of half-open ones cannot push them out. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 262144);
@@ -256,7 +259,7 @@ struct {
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } ct SEC(".maps");
 
-/* Connections that have seen one direction only. */
+/* Other connections that have seen one direction only. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 65536);
@@ -285,7 +288,7 @@ struct nat_entry {
 	__be16 port;
 	__u16 pad;
 	__u32 spare;
-	__u64 expires; /* bpf_ktime_get_boot_ns() */
+	__u64 expires; /* expiry_clock() */
 };
 
 struct {
@@ -301,15 +304,16 @@ struct {
 struct frag_key {
 	union addr saddr;
 	union addr daddr;
-	__be32 id; /* IPv4: 16 bits */
-	__u8 protocol;
+	__be32 id;     /* IPv4: 16 bits */
+	__u8 protocol; /* IPv6: 0, the datagram is named by the rest (RFC 8200, 4.5) */
 	__u8 pad[3];
 };
 
 struct frag_entry {
 	__be16 sport;
 	__be16 dport;
-	__u32 pad;
+	__u8 protocol; /* IPv6: behind all extension headers */
+	__u8 pad[3];
 	__u64 expires;
 };
 

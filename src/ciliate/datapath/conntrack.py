@@ -20,8 +20,13 @@ Mask = npt.NDArray[np.bool_]
 
 
 def boot_clock() -> int:
-    """Return the clock of ``expires`` fields, nanoseconds (bpf_ktime_get_boot_ns)."""
+    """Return the clock of events' ``time``, nanoseconds (bpf_ktime_get_boot_ns)."""
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
+def expiry_clock() -> int:
+    """Return the clock of ``expires`` fields, nanoseconds (bpf_ktime_get_coarse_ns, which is a tick behind at most)."""
+    return time.clock_gettime_ns(time.CLOCK_MONOTONIC)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +52,7 @@ class Conntrack:
         """Yield connections for display, the originator as ``source``; ``expires`` in seconds from now (negative:
         over).
         """
-        now = boot_clock()
+        now = expiry_clock()
         origin_b = self._flags.get("CT_ORIG_B", 1)
         for table in self._connections:
             rows = (pair for keys, values in table.chunks() for pair in zip(keys, values, strict=True))
@@ -76,7 +81,7 @@ class Conntrack:
 
     def list_nat(self, limit: int = 100_000) -> Iterator[dict[str, Any]]:
         """Yield masquerade rows for display."""
-        now = boot_clock()
+        now = expiry_clock()
         keys, values = self._nat.dump()
         for key, value in islice(zip(keys, values, strict=True), limit):
             yield {
@@ -107,8 +112,8 @@ class Conntrack:
         return deleted
 
     def sweep(self, *, now: int | None = None) -> int:
-        """Delete expired rows (programs ignore them already); return how many. ``now``: boot clock, nanoseconds."""
-        at = boot_clock() if now is None else now
+        """Delete expired rows (programs ignore them already); return how many. ``now``: expiry clock, nanoseconds."""
+        at = expiry_clock() if now is None else now
         deleted = 0
         for table in (*self._connections, self._nat, self._fragments):
             for keys, values in table.chunks():

@@ -116,7 +116,7 @@ class Endpoints:
         new = self._encode(row, old)
         keys = addr_keys(self._addresses, row.addresses())
         values = np.zeros(len(keys), self._addresses.value_dtype)
-        values["ifindex"] = row.ifindex
+        values["ifindex"], values["macs"] = row.ifindex, np.void(row.mac + row.gw_mac)
         have, found = self._addresses.lookup_many(keys)
         addresses_done = bool(found.all()) and have.tobytes() == values.tobytes()
         if old is not None and old.tobytes() == new.tobytes() and addresses_done:
