@@ -21,6 +21,7 @@ static __noinline int frag_ports(struct scratch *s)
 		fresh.sport = s->p.sport;
 		fresh.dport = s->p.dport;
 		fresh.protocol = s->p.protocol;
+		fresh.icmp_type = s->p.icmp_type;
 		fresh.expires = s->now + FRAG_LIFE;
 		bpf_map_update_elem(&fragments, &key, &fresh, BPF_ANY);
 		return 0;
@@ -31,7 +32,6 @@ static __noinline int frag_ports(struct scratch *s)
 	s->p.sport = found->sport;
 	s->p.dport = found->dport;
 	s->p.protocol = found->protocol;
-	if (is_icmp(&s->p)) /* only echoes are long enough to be fragmented */
-		s->p.icmp_type = s->p.family == 4 ? ICMP_ECHO : ICMPV6_ECHO_REQUEST;
+	s->p.icmp_type = found->icmp_type;
 	return 0;
 }

@@ -220,7 +220,8 @@ struct ct_key {
 	__be16 bport;
 	__u8 protocol;
 	__u8 leg; /* enum ct_leg */
-	__u16 pad;
+	__u8 echo_b; /* ICMP echo: end b asks; two ends that ask each other have a row each, whatever identifiers they use */
+	__u8 pad;
 };
 
 enum ct_flag {
@@ -312,8 +313,9 @@ struct frag_key {
 struct frag_entry {
 	__be16 sport;
 	__be16 dport;
-	__u8 protocol; /* IPv6: behind all extension headers */
-	__u8 pad[3];
+	__u8 protocol;  /* IPv6: behind all extension headers */
+	__u8 icmp_type; /* of an echo */
+	__u8 pad[2];
 	__u64 expires;
 };
 

@@ -74,6 +74,7 @@ struct pkt {
 	__u16 q_l3;
 	__u16 q_l4;
 	__u8 q_protocol;
+	__u8 q_icmp_type;
 	__u8 next; /* IPv6 walk: the next header */
 	union addr q_saddr;
 	union addr q_daddr;
@@ -199,7 +200,11 @@ static __always_inline int parse_quoted_ports(struct __sk_buff *skb, struct pkt 
 	if (!pkt_holds(p, p->q_l4, sizeof(ports)) || bpf_skb_load_bytes(skb, p->q_l4, ports, sizeof(ports)))
 		return -DROP_INVALID_PACKET;
 	if (p->q_protocol == (p->family == 4 ? IPPROTO_ICMP : PROTO_ICMPV6)) {
-		p->q_sport = p->q_dport = ports[2]; /* echo identifier */
+		p->q_icmp_type = *(__u8 *)ports;
+		if (icmp_is_echo(p->family, p->q_icmp_type))
+			p->q_sport = p->q_dport = ports[2]; /* identifier */
+		else
+			p->q_sport = p->q_dport = bpf_htons(p->q_icmp_type);
 		return 0;
 	}
 	if (p->q_protocol == IPPROTO_TCP || p->q_protocol == IPPROTO_UDP || p->q_protocol == IPPROTO_SCTP) {
@@ -286,6 +291,8 @@ static __always_inline int parse_l4(struct __sk_buff *skb, struct pkt *p)
 			p->sport = p->dport = icmp.id;
 		else if (icmp_is_error(p->family, icmp.type))
 			return parse_quoted(skb, p);
+		else /* each type is a connection of its own */
+			p->sport = p->dport = bpf_htons(icmp.type);
 		return 0;
 	}
 	default:

@@ -128,6 +128,7 @@ static __always_inline int track_related(struct scratch *s)
 	if (!addr_equal(&p->q_saddr, &p->daddr) || !may_report(s))
 		return -DROP_ICMP_UNRELATED;
 	from_b = ct_key_set(&s->key, &p->q_saddr, p->q_sport, &p->q_daddr, p->q_dport, p->q_protocol, LEG_DIRECT);
+	ct_key_echo(&s->key, p->family, p->q_icmp_type, from_b);
 	e = ct_find(s, &embryonic);
 	if (!e) {
 		s->key.leg = LEG_PROXY;
@@ -218,6 +219,7 @@ static __noinline int track(struct scratch *s, int mode)
 	if (p->quoted)
 		return track_related(s);
 	from_b = ct_key_set(&s->key, &p->saddr, p->sport, &p->daddr, p->dport, p->protocol, s->leg);
+	ct_key_echo(&s->key, p->family, p->icmp_type, from_b);
 	e = ct_find(s, &embryonic);
 	if (e) {
 		reply = from_b != !!(e->flags & CT_ORIG_B);

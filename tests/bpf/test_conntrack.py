@@ -5,11 +5,12 @@ from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
 
 import pytest
+from scapy.layers.inet import ICMP
 from scapy.packet import Raw
 
 from ciliate.datapath.endpoints import EndpointId, EndpointRow
 from ciliate.datapath.ipcache import IpcacheRow
-from tests.bpf.packets import echo, tcp, udp, unreachable, vxlan
+from tests.bpf.packets import echo, ip, tcp, udp, unreachable, vxlan
 from tests.bpf.policies import EGRESS, INGRESS, dns, not_identity, nothing
 from tests.bpf.rig import CIDR, CIDR_IDENTITY, REDIRECT, REMOTE_POD, SHOT, SIZES, WORLD, Rig, pod_address, rig
 
@@ -86,6 +87,36 @@ def test_lifetimes_of_protocols_without_a_state(node: Rig, family: int) -> None:
         node.run("from_pod", "pod3", node.from_pod(3, reply))
         assert after - 5 < expires(node) <= after
         assert node.connections()[0]["table"] == "ct"
+
+
+@both
+@pytest.mark.parametrize("identifier", [0, 8, 7])
+def test_an_echo_request_is_no_answer_to_one_of_the_other_end(node: Rig, family: int, identifier: int) -> None:
+    """Two ends that ask each other with one identifier have two connections; each is judged."""
+    node.apply(CLOSED_BOTH_WAYS)
+    two, three = pod_address(2, family), pod_address(3, family)
+
+    def send(pod: int, source: str, to: str, *, reply: bool = False) -> int:
+        packet = node.from_pod(pod, echo(source, to, identifier, reply=reply))
+        return node.run("from_pod", f"pod{pod}", packet).retval
+
+    assert send(2, two, three) == REDIRECT
+    assert send(3, three, two) == SHOT
+    node.refused("POLICY_DENIED", EGRESS)
+    assert send(3, three, two, reply=True) == REDIRECT
+    (row,) = node.connections()
+    assert row["packets"] == [1, 1]
+
+
+def test_icmp_types_are_connections_of_their_own(node: Rig) -> None:
+    """Echo requests are allowed; after one, nothing else is."""
+    node.apply(CLOSED_BOTH_WAYS)
+    two, three = pod_address(2, 4), pod_address(3, 4)
+    assert node.run("from_pod", "pod2", node.from_pod(2, echo(two, three, 13))).retval == REDIRECT
+    for kind in (13, 15, 17):
+        packet = ip(two, three) / ICMP(type=kind, id=13) / Raw(bytes(12))
+        assert node.run("from_pod", "pod2", node.from_pod(2, packet)).retval == SHOT
+        node.refused("POLICY_DENIED", INGRESS)
 
 
 @both
