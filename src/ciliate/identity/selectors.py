@@ -290,7 +290,7 @@ class LabelIndex:
 
     def stored(self) -> int:
         """Return how many postings and watches are kept: none when all is removed."""
-        return len(self._postings) + len(self._bitmaps) + len(self._watches)
+        return len(self._postings) + len(self._watches)
 
 
 def _rank(key: Key) -> int:
