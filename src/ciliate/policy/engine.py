@@ -269,7 +269,7 @@ class PolicyEngine:
                 resolved.stale = True
         if not one.moved and (found := one.pairs.get(ports)) is not None:
             egress, ingress, pair = found
-            if (egress is None or not egress.stale) and (ingress is None or not ingress.stale):
+            if (egress is None or egress.latest is pair[0]) and (ingress is None or ingress.latest is pair[1]):
                 return pair
         self._ordered(one)
         if len(one.images) >= _VARIANTS:
