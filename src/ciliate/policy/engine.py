@@ -222,6 +222,9 @@ class PolicyEngine:
 
     def resolve_host(self, labels: Labels) -> Pair:
         """Return the (egress, ingress) images of the node itself. ``labels``: the node's, and ``reserved:host``."""
+        for one in self._nodes.all():
+            if one.labels != labels:  # a node has one set of labels: these were its former ones
+                self._drop_images(self._nodes.drop(one.labels))
         return self._pair(self._nodes, labels, frozenset(), node=True)
 
     def selecting(self, labels: Labels) -> list[Key]:
