@@ -213,53 +213,58 @@ static bool skip_value(struct reader *r, int depth)
 	return take(r, close);
 }
 
-/* Moves to the value of a field of the object. */
-static bool find_field(struct reader *r, const char *name)
+/* Moves to the value of a field of the object, the first one of that name. */
+static enum json_field find_field(struct reader *r, const char *name)
 {
 	struct text key = { 0 };
 
-	if (!take(r, '{') || take(r, '}'))
-		return false;
+	if (!take(r, '{'))
+		return JSON_INVALID;
+	if (take(r, '}'))
+		return JSON_ABSENT;
 	do {
 		bool found, ok = read_string(r, &key);
 
 		found = ok && key.length == strlen(name) && !memcmp(key.at, name, key.length);
 		text_free(&key);
 		if (!ok || !take(r, ':'))
-			return false;
+			return JSON_INVALID;
 		if (found) {
 			skip_space(r);
-			return true;
+			return JSON_FOUND;
 		}
 		if (!skip_value(r, 0))
-			return false;
+			return JSON_INVALID;
 	} while (take(r, ','));
-	return false;
+	return take(r, '}') ? JSON_ABSENT : JSON_INVALID;
 }
 
-bool json_string_field(const char *document, size_t length, const char *name, struct text *value)
+enum json_field json_string_field(const char *document, size_t length, const char *name, struct text *value)
 {
 	struct reader r = { document, document + length };
+	enum json_field found = find_field(&r, name);
 
-	if (!find_field(&r, name))
-		return false;
-	if (read_string(&r, value))
-		return true;
+	if (found != JSON_FOUND || read_string(&r, value))
+		return found;
 	text_free(value);
-	return false;
+	return JSON_INVALID;
 }
 
-bool json_number_field(const char *document, size_t length, const char *name, long *value)
+enum json_field json_number_field(const char *document, size_t length, const char *name, long *value)
 {
 	struct reader r = { document, document + length };
-	char digits[16] = { 0 };
+	enum json_field found = find_field(&r, name);
+	char digits[17] = { 0 };
 	size_t n = 0;
 	char *end;
 
-	if (!find_field(&r, name))
-		return false;
-	while (r.at < r.end && n < sizeof(digits) - 1 && strchr("-0123456789", *r.at))
+	if (found != JSON_FOUND)
+		return found;
+	while (r.at < r.end && n < sizeof(digits) - 1 && (*r.at == '-' || (*r.at >= '0' && *r.at <= '9')))
 		digits[n++] = *r.at++;
+	skip_space(&r);
+	if (!n || n == sizeof(digits) - 1 || r.at == r.end || (*r.at != ',' && *r.at != '}'))
+		return JSON_INVALID;
 	*value = strtol(digits, &end, 10);
-	return n && !*end;
+	return *end ? JSON_INVALID : JSON_FOUND;
 }

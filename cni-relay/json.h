@@ -17,6 +17,9 @@ void text_free(struct text *text);
 /* Appends a JSON string. False: the octets are not UTF-8. */
 bool json_string(struct text *to, const char *octets, size_t length);
 
-/* Finds a field of the object that `document` is; false: it is no object, not valid that far, or has no such field. */
-bool json_string_field(const char *document, size_t length, const char *name, struct text *value);
-bool json_number_field(const char *document, size_t length, const char *name, long *value);
+/* What became of a look for a field of an object. INVALID: no object, not valid that far, or a value of another kind. */
+enum json_field { JSON_ABSENT, JSON_FOUND, JSON_INVALID };
+
+enum json_field json_string_field(const char *document, size_t length, const char *name, struct text *value);
+/* A whole number of at most 15 digits. */
+enum json_field json_number_field(const char *document, size_t length, const char *name, long *value);

@@ -3,11 +3,11 @@
  * host may have no Python. While the agent restarts, the call waits, up to a limit.
  */
 #include <errno.h>
-#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/time.h>
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
@@ -15,18 +15,30 @@
 
 #define DEFAULT_SOCKET "/run/ciliate/ciliate.sock"
 #define DEFAULT_TIMEOUT 60 /* seconds */
+#define STATUS_TIMEOUT 10  /* seconds, at most: a runtime asks again and again, and may wait for each answer */
 #define INPUT_MAX (1 << 20)
 #define ANSWER_MAX (4 << 20)
 #define FIRST_PAUSE 20 /* milliseconds */
 #define LAST_PAUSE 500
+#define VERSIONS "\"0.3.0\",\"0.3.1\",\"0.4.0\",\"1.0.0\",\"1.1.0\""
 
-enum cni_error { CNI_ENVIRONMENT = 4, CNI_IO = 5, CNI_DECODE = 6, CNI_LATER = 11 };
+enum cni_error {
+	CNI_ENVIRONMENT = 4,
+	CNI_IO = 5,
+	CNI_DECODE = 6,
+	CNI_CONFIG = 7,
+	CNI_LATER = 11,
+	CNI_NOT_AVAILABLE = 50,
+};
 
-/* What became of one attempt. `REFUSED`: the agent has not seen the request, so it may be sent again. */
-enum attempt { ANSWERED, REFUSED, BROKEN };
+/* What became of one attempt. All calls are idempotent, so that one that failed half-way may be made again. */
+enum attempt { ANSWERED, FAILED, TOO_LONG };
 
-static const char *variables[] = { "CNI_COMMAND", "CNI_CONTAINERID", "CNI_NETNS",         "CNI_IFNAME",
-				   "CNI_ARGS",    "CNI_PATH",        "CNI_NETNS_OVERRIDE" };
+static const char *const variables[] = { "CNI_COMMAND", "CNI_CONTAINERID", "CNI_NETNS",         "CNI_IFNAME",
+					 "CNI_ARGS",    "CNI_PATH",        "CNI_NETNS_OVERRIDE" };
+
+/* The specification's version that answers are in: the configuration's, once it is known. */
+static char version[16] = "1.1.0";
 
 static long long now_ms(void)
 {
@@ -40,14 +52,18 @@ static long long now_ms(void)
 static int fail(int code, const char *message, const char *details)
 {
 	struct text out = { 0 };
-	char head[64];
+	char number[16];
 
-	snprintf(head, sizeof(head), "{\"cniVersion\":\"1.1.0\",\"code\":%d,\"msg\":", code);
-	text_puts(&out, head);
+	text_puts(&out, "{\"cniVersion\":\"");
+	text_puts(&out, version);
+	snprintf(number, sizeof(number), "%d", code);
+	text_puts(&out, "\",\"code\":");
+	text_puts(&out, number);
+	text_puts(&out, ",\"msg\":");
 	json_string(&out, message, strlen(message));
 	text_puts(&out, ",\"details\":");
 	if (!json_string(&out, details, strlen(details)))
-		text_puts(&out, "\"");
+		text_puts(&out, "\""); /* as much of it as is UTF-8 */
 	text_puts(&out, "}\n");
 	fputs(out.at, stdout);
 	text_free(&out);
@@ -62,6 +78,7 @@ static int usage(void)
 	      "  \"agentSocket\"   the agent's socket (default: $CILIATE_SOCKET, else " DEFAULT_SOCKET ")\n"
 	      "  \"agentTimeout\"  how long to wait while the agent restarts, in seconds (default: 60)\n",
 	      stderr);
+	fail(CNI_ENVIRONMENT, "CNI_COMMAND is not set", "");
 	return 2;
 }
 
@@ -78,21 +95,6 @@ static bool read_all(int fd, struct text *to, size_t max)
 		if (n < 0 || to->length + (size_t)n > max)
 			return false;
 		text_add(to, chunk, (size_t)n);
-	}
-	return true;
-}
-
-static bool write_all(int fd, const char *octets, size_t length)
-{
-	while (length) {
-		ssize_t n = send(fd, octets, length, MSG_NOSIGNAL);
-
-		if (n < 0 && errno == EINTR)
-			continue;
-		if (n <= 0)
-			return false;
-		octets += n;
-		length -= (size_t)n;
 	}
 	return true;
 }
@@ -122,46 +124,76 @@ static const char *make_body(struct text *body, const struct text *input)
 	return NULL;
 }
 
-/* One request. `why` gets the reason unless it was answered; `answer` the octets of the response. */
+/* Waits at most until then for each step; false: it is over already. */
+static bool limit(int fd, long long deadline)
+{
+	long long left = deadline - now_ms();
+	struct timeval time = { left / 1000, left % 1000 * 1000 };
+
+	if (left <= 0) {
+		errno = EAGAIN;
+		return false;
+	}
+	return !setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &time, sizeof(time)) &&
+	       !setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &time, sizeof(time));
+}
+
+/* Both ends of the wait, for a busy or a stopped agent, have a limit: its queue of connections may be full, too. */
+static bool send_request(int fd, const char *path, const struct text *request, long long deadline)
+{
+	struct sockaddr_un address = { .sun_family = AF_UNIX };
+	size_t sent = 0;
+
+	memcpy(address.sun_path, path, strlen(path) + 1);
+	if (!limit(fd, deadline) || connect(fd, (struct sockaddr *)&address, sizeof(address)) < 0)
+		return false;
+	while (sent < request->length) {
+		ssize_t n;
+
+		if (!limit(fd, deadline))
+			return false;
+		n = send(fd, request->at + sent, request->length - sent, MSG_NOSIGNAL);
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n <= 0)
+			return false;
+		sent += (size_t)n;
+	}
+	return true;
+}
+
+static enum attempt receive(int fd, long long deadline, struct text *answer)
+{
+	char chunk[16384];
+	ssize_t n;
+
+	for (;;) {
+		if (!limit(fd, deadline))
+			return FAILED;
+		n = recv(fd, chunk, sizeof(chunk), 0);
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n == 0 && !answer->length)
+			errno = ECONNRESET;
+		if (n <= 0)
+			return n == 0 && answer->length ? ANSWERED : FAILED;
+		if (answer->length + (size_t)n > ANSWER_MAX)
+			return TOO_LONG;
+		text_add(answer, chunk, (size_t)n);
+	}
+}
+
+/* One request; `answer` gets the octets of the response, `why` the reason when it FAILED. */
 static enum attempt attempt(const char *path, const struct text *request, long long deadline, struct text *answer,
 			    char *why, size_t room)
 {
-	struct sockaddr_un address = { .sun_family = AF_UNIX };
-	enum attempt result = REFUSED;
+	enum attempt result = FAILED;
 	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-	char chunk[16384];
 
-	memcpy(address.sun_path, path, strlen(path) + 1);
-	if (fd < 0 || connect(fd, (struct sockaddr *)&address, sizeof(address)) < 0 ||
-	    !write_all(fd, request->at, request->length)) {
-		snprintf(why, room, "%s: %s", path, strerror(errno));
-		goto out;
-	}
-	result = BROKEN;
-	for (;;) {
-		struct pollfd waiting = { .fd = fd, .events = POLLIN };
-		long long left = deadline - now_ms();
-		ssize_t n;
-
-		if (left <= 0 || poll(&waiting, 1, (int)left) == 0) {
-			snprintf(why, room, "%s: no answer in time", path);
-			break;
-		}
-		n = read(fd, chunk, sizeof(chunk));
-		if (n < 0 && errno == EINTR)
-			continue;
-		if (n == 0 && answer->length) {
-			result = ANSWERED;
-			break;
-		}
-		if (n <= 0 || answer->length + (size_t)n > ANSWER_MAX) {
-			snprintf(why, room, "%s: %s", path,
-				 n < 0 ? strerror(errno) : "the connection ended without an answer");
-			break;
-		}
-		text_add(answer, chunk, (size_t)n);
-	}
-out:
+	if (fd >= 0 && send_request(fd, path, request, deadline))
+		result = receive(fd, deadline, answer);
+	if (result == FAILED)
+		snprintf(why, room, "%s: %s", path, errno == EAGAIN ? "no answer in time" : strerror(errno));
 	if (fd >= 0)
 		close(fd);
 	return result;
@@ -182,28 +214,48 @@ static const char *response_body(const struct text *answer, int *status, size_t 
 	return *length == announced ? end + 4 : NULL;
 }
 
+/* What the agent says of itself in the body of a refusal. */
+static void excuse(const char *body, size_t length, char *why, size_t room)
+{
+	struct text error = { 0 };
+
+	if (json_string_field(body, length, "error", &error) == JSON_FOUND)
+		snprintf(why, room, "%s", error.at);
+	else
+		snprintf(why, room, "%.*s", (int)(length < 300 ? length : 300), body);
+	text_free(&error);
+}
+
 /* Asks until there is an answer or the time is over. 0: `answer` holds a response with status 200. */
-static int ask(const char *path, const struct text *request, long timeout, struct text *answer)
+static int ask(const char *path, const struct text *request, long timeout, int code, struct text *answer)
 {
 	long long deadline = now_ms() + timeout * 1000, pause = FIRST_PAUSE;
-	char why[256] = "", details[512];
+	char why[512] = "", details[768];
 
 	for (;;) {
 		int status = 0;
 		size_t length;
+		enum attempt result;
 
 		text_free(answer);
-		if (attempt(path, request, deadline, answer, why, sizeof(why)) == ANSWERED) {
+		result = attempt(path, request, deadline, answer, why, sizeof(why));
+		if (result == TOO_LONG)
+			return fail(CNI_IO, "the Ciliate agent's answer is too long", path);
+		if (result == ANSWERED) {
 			const char *body = response_body(answer, &status, &length);
 
 			if (body && status == 200)
 				return 0;
+			if (body)
+				excuse(body, length, why, sizeof(why));
 			if (body && status != 503) {
-				snprintf(details, sizeof(details), "%s: status %d: %.300s", path, status, body);
+				snprintf(details, sizeof(details), "%s: status %d: %s", path, status, why);
 				return fail(CNI_IO, "the Ciliate agent refused the request", details);
 			}
-			snprintf(why, sizeof(why), "%s: %s", path,
-				 body ? "the agent is starting" : "the answer is cut short");
+			if (answer->length >= 7 && memcmp(answer->at, "HTTP/1.", 7))
+				return fail(CNI_DECODE, "what listens on the socket is no Ciliate agent", path);
+			if (!body)
+				snprintf(why, sizeof(why), "%s: the answer is cut short", path);
 		}
 		if (now_ms() + pause >= deadline)
 			break;
@@ -211,51 +263,124 @@ static int ask(const char *path, const struct text *request, long timeout, struc
 		pause = pause * 2 < LAST_PAUSE ? pause * 2 : LAST_PAUSE;
 	}
 	snprintf(details, sizeof(details), "%s (waited %ld s); `ciliate status` on this node tells more", why, timeout);
-	return fail(CNI_LATER, "the Ciliate agent of this node does not answer", details);
+	return fail(code, "the Ciliate agent of this node does not answer", details);
+}
+
+/* The answers' version is the configuration's if that is one of ours. */
+static void learn_version(const struct text *input)
+{
+	struct text wanted = { 0 };
+	char quoted[sizeof(version) + 2];
+
+	if (json_string_field(input->at, input->length, "cniVersion", &wanted) == JSON_FOUND &&
+	    wanted.length < sizeof(version) && strspn(wanted.at, "0123456789.") == wanted.length) {
+		snprintf(quoted, sizeof(quoted), "\"%s\"", wanted.at);
+		if (strstr(VERSIONS, quoted))
+			snprintf(version, sizeof(version), "%s", wanted.at);
+	}
+	text_free(&wanted);
+}
+
+static int print_versions(void)
+{
+	printf("{\"cniVersion\":\"%s\",\"supportedVersions\":[" VERSIONS "]}\n", version);
+	return fflush(stdout) ? 1 : 0;
+}
+
+/* Where the agent listens, and how long to wait for it. 0: fine. */
+static int read_settings(const struct text *input, struct text *path, long *timeout)
+{
+	struct text given = { 0 };
+	struct sockaddr_un address;
+	const char *otherwise = getenv("CILIATE_SOCKET");
+	int result = 0;
+
+	switch (json_string_field(input->at, input->length, "agentSocket", &given)) {
+	case JSON_INVALID:
+		result = fail(CNI_CONFIG, "the network configuration is not JSON, or agentSocket no string", "");
+		goto out;
+	case JSON_FOUND:
+		break;
+	case JSON_ABSENT:
+		text_puts(&given, otherwise && *otherwise ? otherwise : DEFAULT_SOCKET);
+	}
+	if (!given.length || strlen(given.at) != given.length || given.length >= sizeof(address.sun_path))
+		result = fail(CNI_CONFIG, "agentSocket is not the path of a socket: empty, or over 107 octets",
+			      given.at);
+	else if (json_number_field(input->at, input->length, "agentTimeout", timeout) == JSON_INVALID || *timeout < 1 ||
+		 *timeout > 600)
+		result = fail(CNI_CONFIG, "agentTimeout is not a whole number in 1..600", "");
+	else
+		text_add(path, given.at, given.length);
+out:
+	text_free(&given);
+	return result;
+}
+
+static int relay(const struct text *input, const char *path, long timeout, int code)
+{
+	struct text body = { 0 }, request = { 0 }, answer = { 0 }, out = { 0 };
+	const char *bad = make_body(&body, input), *document;
+	char number[32];
+	long exit_code;
+	size_t length;
+	int status, result = 1;
+
+	if (bad) {
+		fail(CNI_DECODE, "not valid UTF-8", bad);
+		goto out;
+	}
+	snprintf(number, sizeof(number), "%zu", body.length);
+	text_puts(&request, "POST /v1/cni HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n"
+			    "Content-Type: application/json\r\nContent-Length: ");
+	text_puts(&request, number);
+	text_puts(&request, "\r\n\r\n");
+	text_add(&request, body.at, body.length);
+	if (ask(path, &request, timeout, code, &answer))
+		goto out;
+	document = response_body(&answer, &status, &length);
+	if (!document || json_string_field(document, length, "stdout", &out) != JSON_FOUND ||
+	    json_number_field(document, length, "exit_code", &exit_code) != JSON_FOUND) {
+		fail(CNI_DECODE, "the Ciliate agent's answer is not understood", path);
+		goto out;
+	}
+	fwrite(out.at, 1, out.length, stdout);
+	result = fflush(stdout) || exit_code ? 1 : 0;
+out:
+	text_free(&body);
+	text_free(&request);
+	text_free(&answer);
+	text_free(&out);
+	return result;
 }
 
 int main(void)
 {
-	struct text input = { 0 }, socket_path = { 0 }, body = { 0 }, request = { 0 }, answer = { 0 }, out = { 0 };
-	const char *command = getenv("CNI_COMMAND"), *path, *bad, *document;
-	long timeout = DEFAULT_TIMEOUT, code = 1;
-	struct sockaddr_un address;
-	char head[128];
-	int status;
-	size_t length;
+	struct text input = { 0 }, path = { 0 };
+	const char *command = getenv("CNI_COMMAND");
+	long timeout = DEFAULT_TIMEOUT;
+	bool whole, status;
+	int result;
 
-	if (!command)
+	if (!command || !*command)
 		return usage();
-	if (!read_all(STDIN_FILENO, &input, INPUT_MAX))
-		return fail(CNI_IO, "standard input cannot be read", "an error, or more than 1 MiB");
+	/* VERSION needs no input: a person who asks has none. */
+	whole = (!strcmp(command, "VERSION") && isatty(STDIN_FILENO)) || read_all(STDIN_FILENO, &input, INPUT_MAX);
+	text_add(&input, "", 0);
+	learn_version(&input);
 	if (!strcmp(command, "VERSION")) {
-		puts("{\"cniVersion\":\"1.1.0\",\"supportedVersions\":[\"0.3.0\",\"0.3.1\",\"0.4.0\",\"1.0.0\",\"1.1."
-		     "0\"]}");
-		return 0;
+		result = print_versions();
+	} else if (!whole) {
+		result = fail(CNI_IO, "standard input cannot be read", "an error, or more than 1 MiB");
+	} else {
+		status = !strcmp(command, "STATUS");
+		result = read_settings(&input, &path, &timeout);
+		if (status && timeout > STATUS_TIMEOUT)
+			timeout = STATUS_TIMEOUT;
+		if (!result)
+			result = relay(&input, path.at, timeout, status ? CNI_NOT_AVAILABLE : CNI_LATER);
 	}
-	path = json_string_field(input.at, input.length, "agentSocket", &socket_path) ? socket_path.at :
-											getenv("CILIATE_SOCKET");
-	if (!path || !*path)
-		path = DEFAULT_SOCKET;
-	if (strlen(path) >= sizeof(address.sun_path))
-		return fail(CNI_ENVIRONMENT, "the agent's socket has too long a path", path);
-	if (json_number_field(input.at, input.length, "agentTimeout", &timeout) && (timeout < 1 || timeout > 600))
-		return fail(CNI_DECODE, "agentTimeout is not in 1..600", "");
-	bad = make_body(&body, &input);
-	if (bad)
-		return fail(CNI_DECODE, "not valid UTF-8", bad);
-	snprintf(head, sizeof(head), "%zu", body.length);
-	text_puts(&request, "POST /v1/cni HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n"
-			    "Content-Type: application/json\r\nContent-Length: ");
-	text_puts(&request, head);
-	text_puts(&request, "\r\n\r\n");
-	text_add(&request, body.at, body.length);
-	if (ask(path, &request, timeout, &answer))
-		return 1;
-	document = response_body(&answer, &status, &length);
-	if (!document || !json_string_field(document, length, "stdout", &out) ||
-	    !json_number_field(document, length, "exit_code", &code))
-		return fail(CNI_DECODE, "the Ciliate agent's answer is not understood", path);
-	fwrite(out.at, 1, out.length, stdout);
-	return code ? 1 : 0;
+	text_free(&path);
+	text_free(&input);
+	return result;
 }

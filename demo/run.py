@@ -252,14 +252,20 @@ def wait_for_server() -> None:
             raise DemoError("the server outside does not answer")
 
 
-NEXT = """What to try next (KEEP=1 make demo leaves the cluster running):
-  .venv/bin/ciliate monitor                                    every connection's verdict, and why
-  .venv/bin/ciliate lab exec -n shop frontend -- python3 demo/client.py \\
-      '[{"method": "GET", "host": "10.2.0.2", "port": 8080, "path": "/api/v1/users", "from": 0}]'
-  .venv/bin/ciliate lab delete -n shop cnp/api                 take a policy away; back with lab apply -f
-  .venv/bin/ciliate lab agent stop --signal KILL               policies stay in force without agents
-  .venv/bin/ciliate policy validate -f demo/policies           check policies without a cluster
-  docs/tutorial/first-cluster.md                               the same, step by step"""
+NEXT = """What to try next (KEEP=1 make demo leaves the cluster running), each in this folder:
+  .venv/bin/ciliate monitor                             # every connection's verdict, and why
+  .venv/bin/ciliate lab exec -n shop frontend -- curl -s -X POST \\
+      http://$(.venv/bin/ciliate lab get pods api-2 -n shop | awk 'NR == 2 {print $5}'):8080/api/v1/users
+  .venv/bin/ciliate policy list                         # what is enforced
+  .venv/bin/ciliate lab delete -f demo/policies         # take the policies away ...
+  .venv/bin/ciliate lab apply -f demo/policies          # ... and bring them back
+  .venv/bin/ciliate lab agent stop --signal KILL        # policies stay in force without agents
+  .venv/bin/ciliate lab agent start
+  .venv/bin/ciliate policy validate -f demo/policies    # check policies without a cluster
+  .venv/bin/ciliate lab --help                          # every command has it
+  .venv/bin/ciliate --install-completion                # the shell completes commands
+  .venv/bin/ciliate lab down                            # the end
+docs/tutorial/first-cluster.md is the same, step by step."""
 
 
 def demo() -> list[str]:

@@ -6,7 +6,7 @@
 
 enum track_mode {
 	TRACK_POLICY = 0,     /* a new connection asks the policies */
-	TRACK_FROM_PROXY = 1, /* the proxy's leg to the server: the redirect has asked */
+	TRACK_FROM_PROXY = 1, /* the proxy's leg to the server: never to the proxy again */
 	TRACK_REPLY = 2,      /* only packets of a known connection may pass */
 };
 
@@ -57,7 +57,8 @@ static __always_inline int decide(struct scratch *s, bool reply)
 			l7 = d.l7;
 		}
 	}
-	if (l7 && s->observation == OBS_FROM_HOST) /* sockets cannot be assigned on the way out */
+	if (l7 && s->observation == OBS_FROM_HOST && s->leg == LEG_DIRECT && !reply)
+		/* sockets cannot be assigned on the way out */
 		return -DROP_PROXY_NOT_FOUND;
 	s->l7 = l7;
 	return 0;
@@ -75,6 +76,7 @@ static __always_inline void decide_again(struct scratch *s, struct ct_entry *e, 
 {
 	struct end *from = reply ? &s->ends[1] : &s->ends[0], *to = reply ? &s->ends[0] : &s->ends[1];
 	__u32 flags = e->flags;
+	bool changed;
 	int error;
 
 	/* An identity that came in a tunnel header and is not in the ipcache yet is better than "world". */
@@ -83,8 +85,14 @@ static __always_inline void decide_again(struct scratch *s, struct ct_entry *e, 
 	if (!to->known && e->identity[1] >= IDENTITY_ALLOCATED_MIN)
 		to->identity = e->identity[1];
 	error = decide(s, reply);
-	/* A proxied connection that is now plainly allowed stays with the proxy; one that must change its proxy ends. */
-	if (!error && s->l7 != e->l7 && (s->l7 || !(flags & CT_PROXIED)))
+	/* A proxied connection that is now plainly allowed stays with the proxy; one that must change its proxy ends.
+	 * So does the proxy's leg: what waits in the proxy was not judged by the new rules.
+	 */
+	if (s->leg == LEG_PROXY)
+		changed = s->l7 && e->l7 && s->l7 != e->l7;
+	else
+		changed = s->l7 != e->l7 && (s->l7 || !(flags & CT_PROXIED));
+	if (!error && changed)
 		error = -DROP_PROXY_NOT_FOUND;
 	if (error)
 		flags |= CT_DENIED;
@@ -150,7 +158,7 @@ static __always_inline bool answers_proxy(struct scratch *s, bool from_b)
 static __always_inline int track_known(struct scratch *s, struct ct_entry *e, bool reply, bool embryonic)
 {
 	s->ct_state = reply ? CT_STATE_REPLY : CT_STATE_ESTABLISHED;
-	if (s->leg == LEG_DIRECT && e->epoch != s->epoch)
+	if (e->epoch != s->epoch && (s->leg == LEG_DIRECT || s->ends[0].known))
 		decide_again(s, e, reply);
 	s->flags = e->flags;
 	if (e->flags & CT_DENIED) {
@@ -200,11 +208,13 @@ static __noinline int track(struct scratch *s, int mode)
 		return track_known(s, e, reply, embryonic);
 	s->ct_state = CT_STATE_NEW;
 	s->flags = 0;
-	if (mode == TRACK_FROM_PROXY)
+	if (mode == TRACK_FROM_PROXY && !s->ends[0].known) /* the redirect knew its identity from the tunnel header */
 		return ct_create(s, from_b, CT_SEEN_REPLY);
 	error = decide(s, false);
 	if (error)
 		return error;
+	if (mode == TRACK_FROM_PROXY)
+		return ct_create(s, from_b, CT_SEEN_REPLY);
 	if (s->l7)
 		s->flags |= CT_PROXIED;
 	error = ct_create(s, from_b, s->flags);

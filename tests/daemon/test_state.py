@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ciliate.daemon.cidrs import CidrIdentities
 from ciliate.daemon.endpoints import EndpointTable, LocalEndpoint
+from ciliate.daemon.local_identities import cidr_identities
 from ciliate.identity.numbers import Scope, scope_of
 
 
@@ -50,17 +50,17 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
 
 def test_cidr_numbers_are_local_and_lasting(tmp_path: Path) -> None:
     ten, six = ip_network("10.0.0.0/8"), ip_network("fd00::/8")
-    cidrs = CidrIdentities(tmp_path / "cidrs.json")
+    cidrs = cidr_identities(tmp_path)
     fresh = cidrs.acquire({ten, six})
     assert {scope_of(number) for number in fresh.values()} == {Scope.WORLD}
     assert len(set(fresh.values())) == 2
     assert cidrs.acquire({ten}) == {}
-    assert CidrIdentities(tmp_path / "cidrs.json").numbers == fresh
+    assert cidr_identities(tmp_path).numbers == fresh
 
 
 def test_a_released_cidr_number_is_not_given_at_once(tmp_path: Path) -> None:
     ten = ip_network("10.0.0.0/8")
-    cidrs = CidrIdentities(tmp_path / "cidrs.json")
+    cidrs = cidr_identities(tmp_path)
     old = cidrs.acquire({ten})[ten]
     cidrs.release({ten})
     assert cidrs.acquire({ten})[ten] != old

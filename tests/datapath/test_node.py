@@ -338,9 +338,10 @@ def test_missing_address_is_named(bpffs: Path, tmp_path: Path) -> None:
 
 
 def test_listeners(plain: Node) -> None:
-    assert plain.path.listeners.sync({1: 10001, 2: 10002}, prune=True) == 2
-    assert plain.path.listeners.sync({1: 10001, 2: 10003}, prune=True) == 1
-    assert plain.path.listeners.sync({1: 10001}, prune=True) == 1
+    assert plain.path.listeners.sync({1: 10001, 2: 10002}) == 2
+    assert plain.path.listeners.sync({1: 10001, 2: 10003}) == 1
+    assert plain.path.listeners.sync({1: 10001}) == 0
+    assert plain.path.listeners.keep([1]) == 1
     assert plain.path.listeners.list() == {1: 10001}
 
 

@@ -2,15 +2,13 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from pathlib import Path
-
-import msgspec
 
 from ciliate.cni import netconf, results
+from ciliate.cni.namespaces import Kind, kind_of
 from ciliate.cni.netconf import NetConf
-from ciliate.cni.protocol import VERSIONS, CniError, Code, Reply, Wiring, WiringError
+from ciliate.cni.protocol import VERSIONS, AttachRequest, CniError, Code, Reply, Wiring, WiringError
 
 _SINCE = {"ADD": "0.3.0", "DEL": "0.3.0", "CHECK": "0.4.0", "STATUS": "1.1.0", "GC": "1.1.0"}
 _DONE = Reply(exit_code=0, stdout="")
@@ -40,24 +38,12 @@ class KeyedLocks:
                 del self._users[key], self._locks[key]
 
 
-class _Version(msgspec.Struct):
-    version: str = msgspec.field(name="cniVersion", default=VERSIONS[-1])
-
-
-def _spoken(stdin: str) -> str:
-    """Return the version to answer in: an error in the configuration is told in the configuration's version."""
-    try:
-        spoken = msgspec.json.decode(stdin, type=_Version).version
-    except msgspec.MsgspecError:
-        return VERSIONS[-1]
-    return spoken if spoken in VERSIONS else VERSIONS[-1]
-
-
 class Plugin:
     """The plugin for one agent. ADD, DEL and CHECK of one container do not interleave."""
 
-    def __init__(self, wiring: Wiring) -> None:
+    def __init__(self, wiring: Wiring, kind: Callable[[str], Kind] = kind_of) -> None:
         self._wiring = wiring
+        self._kind = kind
         self._containers = KeyedLocks()
 
     async def handle(self, env: Mapping[str, str], stdin: str) -> Reply:
@@ -70,13 +56,13 @@ class Plugin:
                 return Reply(exit_code=0, stdout=results.text(document))
             if command not in _SINCE:
                 raise CniError(Code.INVALID_ENVIRONMENT, f"CNI_COMMAND is not known: {command!r}")
-            version = _spoken(stdin)
-            conf = netconf.decode(stdin)
+            version = netconf.spoken(stdin)
             if not results.at_least(version, _SINCE[command]):
                 raise CniError(
-                    Code.INCOMPATIBLE_VERSION, f"{command} needs cniVersion {_SINCE[command]}, not {conf.version}"
+                    Code.INCOMPATIBLE_VERSION, f"{command} needs cniVersion {_SINCE[command]}, not {version}"
                 )
-            return await self._run(command, env, conf)
+            # What DEL takes back does not depend on the configuration: a bad one must not keep a pod from its end.
+            return await (self._delete(env) if command == "DEL" else self._run(command, env, netconf.decode(stdin)))
         except CniError as error:
             return results.error(version, error)
         except WiringError as error:
@@ -86,8 +72,6 @@ class Plugin:
         match command:
             case "ADD":
                 return await self._add(env, conf)
-            case "DEL":
-                return await self._delete(env)
             case "CHECK":
                 return await self._check(env, conf)
             case "GC":
@@ -96,37 +80,60 @@ class Plugin:
                 return self._status()
 
     async def _add(self, env: Mapping[str, str], conf: NetConf) -> Reply:
-        if conf.prev_result is not None:
+        request = netconf.request(env, conf.name)
+        if any((one.name, one.sandbox) == (request.ifname, request.netns) for one in conf.prev_result.interfaces):
             raise CniError(
                 Code.INVALID_CONFIG,
-                "ciliate-cni must be the first plugin of its list",
-                "ADD came with a prevResult: another plugin made an interface already; remove it from the list",
+                f"another plugin of the list made {request.ifname} already",
+                "ciliate-cni makes the pod's interface: remove the other plugin from the list, or give it another name",
             )
-        request = netconf.request(env, need_netns=True)
         if reasons := self._wiring.readiness():
             raise CniError(Code.TRY_AGAIN, "the Ciliate agent is not ready", "; ".join(reasons))
-        if not Path(request.netns).exists():
-            raise CniError(Code.CONTAINER_UNKNOWN, f"network namespace {request.netns} does not exist")
         async with self._containers.hold(request.container_id):
+            await self._refuse_namespace(request)
             attachment = await self._wiring.add(request)
-        return results.success(conf.version, request, attachment)
+        return results.success(conf, request, attachment)
+
+    async def _refuse_namespace(self, request: AttachRequest) -> None:
+        """Raise unless the namespace is a pod's.
+
+        CNI_NETNS_OVERRIDE does not help: a pod's routes in the node's namespace would cut the node off.
+        """
+        match self._kind(request.netns):
+            case Kind.MISSING:
+                await self._wiring.delete(*request.key)  # the code says that nothing is left for a DEL to do
+                raise CniError(Code.CONTAINER_UNKNOWN, f"network namespace {request.netns} does not exist")
+            case Kind.OWN:
+                raise CniError(Code.INVALID_NETNS, f"CNI_NETNS is the node's own network namespace: {request.netns}")
+            case Kind.OTHER:
+                raise CniError(Code.INVALID_ENVIRONMENT, f"CNI_NETNS is not a network namespace: {request.netns}")
+            case Kind.POD:
+                pass
 
     async def _delete(self, env: Mapping[str, str]) -> Reply:
         """The namespace may be gone, and the interface with it: what the agent holds is released all the same."""
-        request = netconf.request(env, need_netns=False)
-        async with self._containers.hold(request.container_id):
-            await self._wiring.delete(request.container_id, request.ifname)
+        container_id, ifname = netconf.attachment_key(env)
+        async with self._containers.hold(container_id):
+            await self._wiring.delete(container_id, ifname)
         return _DONE
 
     async def _check(self, env: Mapping[str, str], conf: NetConf) -> Reply:
-        request = netconf.request(env, need_netns=True)
-        expected = netconf.expected_addresses(conf, request.ifname, request.netns)
-        if not Path(request.netns).exists():
-            raise CniError(Code.CONTAINER_UNKNOWN, f"network namespace {request.netns} does not exist")
+        request = netconf.request(env, conf.name)
+        expected, routes = netconf.expected(conf, request.ifname, request.netns)
         async with self._containers.hold(request.container_id):
-            problems = await self._wiring.check(request)
-            attachment = await self._wiring.attachment(request.container_id, request.ifname)
-        if attachment is not None and set(expected) != set(attachment.addresses):
+            attachment = await self._wiring.attachment(*request.key)
+            missing = self._kind(request.netns) is Kind.MISSING
+            if missing and attachment is None:
+                raise CniError(Code.CONTAINER_UNKNOWN, f"network namespace {request.netns} does not exist")
+            if missing:
+                problems = [f"network namespace {request.netns} does not exist"]
+            elif attachment is None:
+                problems = [f"container {request.container_id} has no interface {request.ifname} here"]
+            else:
+                # A later plugin of the list may have added or taken away some; of ours, those that it left must be.
+                ours = tuple(route for route in attachment.routes if route in routes)
+                problems = await self._wiring.check(request, ours)
+        if attachment is not None and not set(attachment.addresses) <= set(expected):
             told, has = (", ".join(sorted(map(str, some))) for some in (expected, attachment.addresses))
             problems.append(f"prevResult has {told}, the interface has {has}")
         if problems:
@@ -134,14 +141,27 @@ class Plugin:
         return _DONE
 
     async def _gc(self, conf: NetConf) -> Reply:
-        """Without a list GC would take everything away, so that a missing one is an error and an empty one is not."""
-        valid = conf.valid if conf.valid is not None else conf.attachments
-        if valid is None:
+        """Take away the network's interfaces that the runtime does not name; what fails does not stop the rest.
+
+        Without a list GC would take everything away, so that a missing one is an error and an empty one is not.
+        """
+        if conf.valid is None:
             raise CniError(Code.INVALID_CONFIG, "GC needs cni.dev/valid-attachments")
-        await self._wiring.gc({(one.container_id, one.ifname) for one in valid})
+        valid = {(one.container_id, one.ifname) for one in conf.valid}
+        failures = []
+        for container_id, ifname in self._wiring.attachments(conf.name):
+            if (container_id, ifname) in valid:
+                continue
+            try:
+                async with self._containers.hold(container_id):
+                    await self._wiring.delete(container_id, ifname)
+            except WiringError as error:
+                failures.append(f"{container_id}/{ifname}: {error}")
+        if failures:
+            raise WiringError("; ".join(failures))
         return _DONE
 
     def _status(self) -> Reply:
-        if reasons := self._wiring.readiness():
-            raise CniError(Code.NOT_AVAILABLE, "the Ciliate agent is not ready", "; ".join(reasons))
+        if reasons := [*self._wiring.readiness(), *self._wiring.shortages()]:
+            raise CniError(Code.NOT_AVAILABLE, "no pod can be wired", "; ".join(reasons))
         return _DONE

@@ -2,17 +2,20 @@
 
 from dataclasses import dataclass
 from enum import IntEnum
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Protocol
 
 Address = IPv4Address | IPv6Address
+Network = IPv4Network | IPv6Network
 
 VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
 """Supported versions of the CNI specification, oldest first."""
 
 
 class Code(IntEnum):
-    """Error codes. Source: CNI specification 1.1.0, section "Error"; those from 100 on are the plugin's own."""
+    """Error codes. Source: CNI specification 1.1.0, section "Error"; 8 is that of its Go library. Those from 100 on are
+    the plugin's own. 51 (existing containers suffer) is never given: the datapath does not need the agent.
+    """
 
     INCOMPATIBLE_VERSION = 1
     UNSUPPORTED_FIELD = 2
@@ -21,6 +24,7 @@ class Code(IntEnum):
     IO_FAILURE = 5
     DECODE_FAILURE = 6
     INVALID_CONFIG = 7
+    INVALID_NETNS = 8
     TRY_AGAIN = 11
     NOT_AVAILABLE = 50
     WIRING_FAILED = 100
@@ -43,8 +47,9 @@ class WiringError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttachRequest:
-    """An interface that a runtime wants."""
+    """An interface that a runtime wants. ``network``: the configuration's name."""
 
+    network: str
     container_id: str
     netns: str
     ifname: str
@@ -52,10 +57,23 @@ class AttachRequest:
     pod_name: str
     pod_uid: str = ""
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """Container id and interface: what names an attachment."""
+        return self.container_id, self.ifname
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """A route in a pod. No gateway: the destination is on the link."""
+
+    destination: Network
+    gateway: Address | None = None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attachment:
-    """An interface as wired. ``gateways``: one for each address; ``mtu``: octets."""
+    """An interface as wired; ``mtu``: octets, of both its ends. ``gateways``: one for each address."""
 
     addresses: tuple[Address, ...]
     mac: str
@@ -63,6 +81,18 @@ class Attachment:
     host_mac: str
     mtu: int
     gateways: tuple[Address, ...]
+
+    @property
+    def routes(self) -> tuple[Route, ...]:
+        """The routes in the pod: the default ones, and what leads to their gateway (IPv6's is link-local)."""
+        found = []
+        for gateway in self.gateways:
+            if isinstance(gateway, IPv4Address):
+                found.append(Route(destination=IPv4Network(gateway)))
+                found.append(Route(destination=IPv4Network("0.0.0.0/0"), gateway=gateway))
+            else:
+                found.append(Route(destination=IPv6Network("::/0"), gateway=gateway))
+        return tuple(found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,18 +114,22 @@ class Wiring(Protocol):
         """Take an interface away; one that is not there is fine."""
         ...
 
-    async def check(self, request: AttachRequest) -> list[str]:
-        """Return what is wrong with an interface."""
+    async def check(self, request: AttachRequest, routes: tuple[Route, ...]) -> list[str]:
+        """Return what is wrong with a wired interface, its addresses, its program and those of its routes."""
         ...
 
     async def attachment(self, container_id: str, ifname: str) -> Attachment | None:
         """Return a wired interface, None: it is not."""
         ...
 
-    async def gc(self, valid: set[tuple[str, str]]) -> list[str]:
-        """Take away every interface whose (container id, name) is not in ``valid``; return whose they were."""
+    def attachments(self, network: str) -> list[tuple[str, str]]:
+        """Return (container id, name) of each interface of a network."""
         ...
 
     def readiness(self) -> list[str]:
         """Return why an interface could not be wired now."""
+        ...
+
+    def shortages(self) -> list[str]:
+        """Return of what there is none left for another interface."""
         ...

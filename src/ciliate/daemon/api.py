@@ -76,8 +76,8 @@ def application(
             call = msgspec.json.decode(await request.body(), type=CniCall)
         except msgspec.MsgspecError as error:
             return json_response({"error": str(error)}, 400)
-        if not health()["ready"]:
-            return json_response({"error": "the agent is starting"}, 503)
+        if not (state := health())["ready"]:
+            return json_response({"error": f"the agent is starting: {'; '.join(state['reasons'])}"}, 503)
         return json_response(await cni(call))
 
     async def monitor(_: Request) -> Response:

@@ -14,7 +14,10 @@ LAST_ID: Final = 65535
 
 
 class LocalEndpoint(msgspec.Struct, kw_only=True):
-    """A pod's interface. Only ``identity`` and ``labels`` change in its life; ``ifindex`` 0: not wired yet."""
+    """A pod's interface. Only ``identity`` and ``labels`` change in its life; ``ifindex`` 0: not wired yet.
+
+    ``network``: name of the CNI network that it is an attachment of.
+    """
 
     id: int
     container_id: str
@@ -24,6 +27,7 @@ class LocalEndpoint(msgspec.Struct, kw_only=True):
     name: str
     device: str
     addresses: list[str]
+    network: str = "ciliate"
     ifindex: int = 0
     mac: str = ""
     gw_mac: str = ""

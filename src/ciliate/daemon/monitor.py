@@ -78,6 +78,7 @@ class Decoder:
         node: str,
         reasons: Mapping[int, str],
         explain: Callable[[int], tuple[RuleRef, ...]],
+        ruleset: Callable[[int], tuple[RuleRef, ...]],
         endpoints: EndpointTable,
         table: IpTable,
         identities: IdentityIndex,
@@ -85,6 +86,7 @@ class Decoder:
         self._node = node
         self._reasons = reasons
         self._explain = explain
+        self._ruleset = ruleset
         self._endpoints = endpoints
         self._table = table
         self._identities = identities
@@ -140,7 +142,12 @@ class Decoder:
         }
 
     def http(self, entry: AccessLogEntry) -> dict[str, Any]:
-        """Return the document of a request that the proxy has judged."""
+        """Return the document of a request that the proxy has judged.
+
+        Its rules are the one that allowed it, or all those that were asked and did not.
+        """
+        asked = self._ruleset(entry.ruleset)
+        rules = [ref for ref in asked if not entry.rule or rule_text(ref) == entry.rule]
         ends = {
             which: self.end(address, port, self._identity_of(address))
             for which, address, port in (
@@ -153,11 +160,11 @@ class Decoder:
             "node": self._node,
             "type": "http",
             "verdict": {"forwarded": "HTTP_ALLOWED", "denied": "HTTP_DENIED"}.get(entry.verdict, "HTTP_ERROR"),
-            "reason": entry.detail,
-            "direction": "ingress",
+            "reason": "NO_HTTP_RULE" if entry.verdict == "denied" else entry.detail,
+            "direction": "egress" if asked and asked[0].section.startswith("egress") else "ingress",
             "protocol": "TCP",
-            "rules": [],
-            "rule_text": entry.rule,
+            "rules": [_rule(one) for one in rules],
+            "rule_text": "" if rules else entry.rule,
             "http": {
                 "method": entry.method,
                 "path": entry.path,
@@ -172,6 +179,14 @@ class Decoder:
     def _identity_of(self, address: str) -> int:
         row = self._table.row(address)
         return row.identity if row else 0
+
+
+def rule_text(ref: RuleRef) -> str:
+    """Return how a rule is named to people: ``CiliumNetworkPolicy default/api ingress[0]``."""
+    name = f"{ref.namespace}/{ref.name}" if ref.namespace else ref.name
+    if ref.index < 0:
+        return f"{ref.kind} {name} {ref.section}".rstrip()
+    return f"{ref.kind} {name} {ref.section}[{ref.index}]"
 
 
 def _time(nanoseconds: int) -> str:

@@ -29,6 +29,13 @@ class Removals:
         if (pending := self._pending.get(device)) is not None:
             await pending.wait()
 
+    async def settled(self) -> bool:
+        """Return once every removal that is under way now has ended, and whether there was one."""
+        pending = list(self._pending.values())
+        for one in pending:
+            await one.wait()
+        return bool(pending)
+
     async def run(self) -> None:
         """Work until cancelled."""
         async with asyncio.TaskGroup() as group:

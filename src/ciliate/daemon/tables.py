@@ -5,8 +5,7 @@ from itertools import islice
 from typing import Any, Final
 
 from ciliate.daemon.agent import Agent
-from ciliate.daemon.enforcement import rule_text
-from ciliate.daemon.monitor import PROTOCOLS
+from ciliate.daemon.monitor import PROTOCOLS, rule_text
 from ciliate.datapath.policy_tables import list_policies, list_rows
 
 Rows = list[dict[str, Any]]

@@ -1,6 +1,6 @@
 """Writes where the proxy listens for each rule set (map ``listeners``)."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from ciliate.datapath.maps import Table
 
@@ -11,17 +11,17 @@ class Listeners:
     def __init__(self, table: Table) -> None:
         self._table = table
 
-    def sync(self, desired: Mapping[int, int], *, prune: bool) -> int:
-        """Make the map hold ``desired``; return how many rows changed. Others are deleted only with ``prune``."""
+    def sync(self, desired: Mapping[int, int]) -> int:
+        """Make the map hold these rows; return how many changed."""
         actual = self.list()
-        changed = 0
-        for ruleset, port in desired.items():
-            if actual.get(ruleset) != port:
-                self._table.set(ruleset, {"port": port})
-                changed += 1
-        for ruleset in actual.keys() - desired.keys() if prune else ():
-            changed += self._table.delete(ruleset)
-        return changed
+        changed = {ruleset: port for ruleset, port in desired.items() if actual.get(ruleset) != port}
+        for ruleset, port in changed.items():
+            self._table.set(ruleset, {"port": port})
+        return len(changed)
+
+    def keep(self, rulesets: Collection[int]) -> int:
+        """Delete the rows of all other rule sets; return how many."""
+        return sum(self._table.delete(ruleset) for ruleset in self.list().keys() - set(rulesets))
 
     def list(self) -> dict[int, int]:
         """Return rule set id -> port."""

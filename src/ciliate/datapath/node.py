@@ -79,6 +79,7 @@ class Datapath:
         self._object: BpfObject
         self._devices: NodeDevices
         self._freed: set[str] = set()
+        self._freed_lock = threading.Lock()
         self._policy_lock = threading.Lock()
 
     @classmethod
@@ -243,7 +244,9 @@ class Datapath:
 
     def forget_endpoint(self, endpoint: EndpointId) -> None:
         """Remove a pod's rows: nothing passes its interface any more. Idempotent; quick, unlike the device's end."""
-        self._freed.update(self.endpoints.remove(endpoint))
+        gone = self.endpoints.remove(endpoint)
+        with self._freed_lock:  # worker threads: what housekeeping has taken already must not get more
+            self._freed.update(gone)
 
     async def attach_endpoint(
         self, name: str, netns: Path, *, addresses: Collection[IPv4Address | IPv6Address], interface: str = "eth0"
@@ -266,7 +269,8 @@ class Datapath:
         """Free unused policy rows and conntrack rows of removed endpoints; return how many. Call soon after changes."""
         with self._policy_lock:
             rows = self.policy.collect()
-        freed, self._freed = self._freed, set()
+        with self._freed_lock:
+            freed, self._freed = self._freed, set()
         in_use = {a for row in self.endpoints.list() for a in (row["ipv4"], row["ipv6"])}
         return {"policy_rows": rows, "connections": self.conntrack.purge(freed - in_use)}
 
@@ -288,6 +292,10 @@ class Datapath:
         """Return a pod's host-side device, None: it is gone."""
         with Netlink() as netlink:
             return netlink.link(name)
+
+    def pod_guarded(self, device: LinkState) -> bool:
+        """Return whether ``from_pod`` is on a pod's host-side device. Error: LinkError."""
+        return self.links.program_id(device.ifindex, Hook.INGRESS, _pin(device.name)) != 0
 
     def pod_interfaces(self) -> set[str]:
         """Return the names of all host-side pod devices, also those that nobody knows any more."""

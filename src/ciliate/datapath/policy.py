@@ -470,6 +470,11 @@ class PolicyMaps:
         """Rule sets of the images applied last, by id: what the proxy must enforce."""
         return self._rulesets.by_number
 
+    def refs_of(self, ruleset: int) -> tuple[RuleRef, ...]:
+        """Return the rules that a rule set's L7 rules come from; empty if it is not in force any more."""
+        known = self._rulesets.by_number.get(ruleset)
+        return tuple(dict.fromkeys(ref for _, ref in known.rules)) if known is not None else ()
+
     def explain(self, rule: int) -> tuple[RuleRef, ...]:
         """Return the rules behind a rule id, the deciding one first."""
         return self._ids.explain(rule)

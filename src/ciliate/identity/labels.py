@@ -43,6 +43,8 @@ _EXCLUDE: Final = tuple(
         r"topology\.kubernetes\.io",
     )
 )
+_CLAIM: Final = re.compile(r"io\.cilium\.k8s\.|io\.kubernetes\.pod\.namespace$")
+"""Keys of labels that come from a pod's namespace, service account and cluster. A pod's own labels are its author's."""
 
 
 def relevant(key: str) -> bool:
@@ -67,8 +69,8 @@ def pod_labels(
     service_account: str,
     cluster: str,
 ) -> Labels:
-    """Return the security labels of a pod."""
-    own = {k8s(key, value) for key, value in labels.items() if relevant(key)}
+    """Return the security labels of a pod. What only the cluster may say of it, its own labels cannot."""
+    own = {k8s(key, value) for key, value in labels.items() if relevant(key) and not _CLAIM.match(key)}
     own |= {k8s(f"{NAMESPACE_LABELS}.{key}", value) for key, value in namespace_labels.items()}
     own |= {k8s(NAMESPACE, namespace), k8s(CLUSTER, cluster), k8s(SERVICE_ACCOUNT, service_account or "default")}
     return frozenset(own)
@@ -90,6 +92,11 @@ def reserved_labels() -> dict[IdentityId, Labels]:
 def cidr_labels(network: Network) -> Labels:
     """Return the labels of a node-local CIDR identity."""
     return frozenset({f"cidr:{network}", "reserved:world", f"reserved:world-ipv{network.version}"})
+
+
+def node_labels(labels: Mapping[str, str]) -> Labels:
+    """Return the labels of another node's identity: those of its Node object have source ``node``."""
+    return frozenset({"reserved:remote-node", *(f"node:{key}={value}" for key, value in labels.items())})
 
 
 def split(label: str) -> tuple[str, str, str]:

@@ -33,6 +33,8 @@ NamedPorts = frozenset[tuple[str, int, int]]
 NODE_KEY: Final[Key] = ("scope", Scope.NODE)
 """Nodes that have an identity of their own are filed under it."""
 
+_VALUE: Final = "\0"
+"""Between key and value: a selector's key may hold any other character, and means no value then."""
 _JOURNAL: Final = 1 << 16
 _SPARE: Final = 1024
 _WIDTHS: Final = {4: 32, 6: 128}
@@ -70,7 +72,7 @@ class Requirement:
         """Return the keys of which a row must have one (``positive``) or none."""
         if self.operator in (Operator.EXISTS, Operator.DOES_NOT_EXIST):
             return (self.key,)
-        return tuple(f"{self.key}={value}" for value in self.values)
+        return tuple(f"{self.key}{_VALUE}{value}" for value in self.values)
 
     def matches(self, labels: Labels) -> bool:
         """Evaluate for one label set: the plain meaning, for what is not indexed."""
@@ -302,8 +304,8 @@ class LabelIndex:
 def _rank(key: Key) -> int:
     if not isinstance(key, str):
         return 0
-    bare = key.partition(":")[2].partition("=")[0]
-    return 3 if "=" not in key else 2 if bare == CLUSTER else 1 if bare == NAMESPACE else 0
+    bare, has_value, _ = key.partition(":")[2].partition(_VALUE)
+    return 3 if not has_value else 2 if bare == CLUSTER else 1 if bare == NAMESPACE else 0
 
 
 class LabelSets(LabelIndex):
@@ -562,7 +564,7 @@ def label_keys(labels: Labels) -> set[Key]:
 @lru_cache(maxsize=1 << 14)
 def _keys_of(label: str) -> tuple[str, ...]:
     source, key, value = split(label)
-    return f"{source}:{key}", f"{source}:{key}={value}", f"any:{key}", f"any:{key}={value}"
+    return f"{source}:{key}", f"{source}:{key}{_VALUE}{value}", f"any:{key}", f"any:{key}{_VALUE}{value}"
 
 
 def network_key(network: Network) -> tuple[int, int, int]:

@@ -32,11 +32,16 @@ class Pool:
         """How many are given."""
         return len(self._taken)
 
+    @property
+    def full(self) -> bool:
+        """Whether there is none left."""
+        return self.in_use >= self.capacity
+
     def allocate(self, owner: str) -> Address:
         """Return the owner's address, a new one if it has none. Error: IpamError (full)."""
         if (known := self._owners.get(owner)) is not None:
             return known
-        if self.in_use >= self.capacity:
+        if self.full:
             where = f" of node {self.node}" if self.node else ""
             raise IpamError(f"pod CIDR {self.cidr}{where} has no free address ({self.in_use} in use)")
         while (address := self.cidr[2 + self._next % self.capacity]) in self._taken:
@@ -46,11 +51,13 @@ class Pool:
         return address
 
     def allocate_specific(self, address: Address, owner: str) -> None:
-        """Take one address. Error: IpamError (not in the range, or somebody else's)."""
+        """Take one address. Error: IpamError (not in the range, somebody else's, or the owner has another)."""
         if address not in self.cidr:
             raise IpamError(f"{address} is not in pod CIDR {self.cidr}")
         if self._taken.get(address, owner) != owner:
             raise IpamError(f"{address} belongs to {self._taken[address]}")
+        if self._owners.get(owner, address) != address:
+            raise IpamError(f"{owner} has {self._owners[owner]} already, and cannot have {address} of {self.cidr} too")
         self._owners[owner], self._taken[address] = address, owner
         self._next = max(self._next, int(address) - int(self.cidr[2]) + 1)
 

@@ -1,5 +1,6 @@
 """Kubernetes objects from a directory of YAML and JSON files: the agent's source where there is no API server."""
 
+import stat
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +11,13 @@ import watchfiles
 import yaml
 
 _SUFFIXES: Final = frozenset({".yaml", ".yml", ".json"})
-_CLUSTER_WIDE: Final = frozenset({"Namespace", "Node", "CiliumClusterwideNetworkPolicy", "CiliumNode"})
-_LOADER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_CLUSTER_WIDE: Final = frozenset(
+    {"Namespace", "Node", "CiliumClusterwideNetworkPolicy", "ClusterNetworkPolicy", "CiliumCIDRGroup", "CiliumNode"}
+)
 Raw = Mapping[str, Any]
+Stamp = tuple[int, int, int]
+_LARGEST: Final = 1_000_000
+"""Values in a document, aliases written out."""
 
 
 class ObjectKey(NamedTuple):
@@ -39,7 +44,7 @@ class ScanResult:
 
 @dataclass(slots=True)
 class _File:
-    stamp: tuple[int, int, int]
+    stamp: Stamp
     objects: dict[ObjectKey, Raw] = field(default_factory=dict)
     problem: str = ""
 
@@ -56,7 +61,8 @@ class Manifests:
 
     def scan(self) -> ScanResult:
         """Read what has changed since the last scan (by modification time, size and inode). Error: OSError."""
-        present = {p: _stamp(p) for p in sorted(self._directory.iterdir()) if p.suffix in _SUFFIXES and p.is_file()}
+        listed = ((path, _stamp(path)) for path in sorted(self._directory.iterdir()) if path.suffix in _SUFFIXES)
+        present = {path: stamp for path, stamp in listed if stamp is not None}
         for gone in self._files.keys() - present.keys():
             del self._files[gone]
         for path, stamp in present.items():
@@ -83,23 +89,47 @@ class Manifests:
         """Yield when something in the directory has changed, and once after the watch has begun."""
         started = False
         async for changes in watchfiles.awatch(
-            self._directory, step=5, debounce=50, rust_timeout=1000, yield_on_timeout=True
+            self._directory, watch_filter=None, step=5, debounce=50, rust_timeout=1000, yield_on_timeout=True
         ):
             if changes or not started:
                 started = True
                 yield None
 
 
-def _stamp(path: Path) -> tuple[int, int, int]:
-    status = path.stat()
-    return status.st_mtime_ns, status.st_size, status.st_ino
-
-
-def _read(path: Path, stamp: tuple[int, int, int], known: _File | None) -> _File:
+def _stamp(path: Path) -> Stamp | None:
+    """Return what changes with a file's content, None: it is no file, or has gone since it was listed."""
     try:
-        return _File(stamp, dict(parse_documents(path.read_text(), path.name)))
+        status = path.stat()
+    except OSError:
+        return None
+    return (status.st_mtime_ns, status.st_size, status.st_ino) if stat.S_ISREG(status.st_mode) else None
+
+
+def _read(path: Path, stamp: Stamp, known: _File | None) -> _File:
+    try:
+        objects: dict[ObjectKey, Raw] = {}
+        for key, raw in parse_documents(path.read_text(), path.name):
+            if key in objects:
+                raise ManifestError(f"{path.name}: {key.kind} {key.namespace}/{key.name} is in it twice")
+            objects[key] = raw
+        return _File(stamp, objects)
     except (ManifestError, OSError, UnicodeDecodeError) as error:
         return _File(stamp, known.objects if known else {}, str(error))
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """A field that is there twice is an error: YAML would let the last one win, and a rule would be lost unseen."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in getattr(node, "value", ()):
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if (key.tag, key.value) in seen:
+                    mark = key.start_mark
+                    raise yaml.YAMLError(f"line {mark.line + 1}: the field {key.value!r} is there twice")
+                seen.add((key.tag, key.value))
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
 
 
 def parse_documents(text: str, source: str) -> Iterator[tuple[ObjectKey, Raw]]:
@@ -108,11 +138,33 @@ def parse_documents(text: str, source: str) -> Iterator[tuple[ObjectKey, Raw]]:
         if source.endswith(".json"):
             documents = [msgspec.json.decode(text)]
         else:
-            documents = [one for one in yaml.load_all(text, Loader=_LOADER) if one is not None]
-    except (yaml.YAMLError, msgspec.MsgspecError) as error:
+            documents = [one for one in yaml.load_all(text, Loader=_Loader) if one is not None]
+        if sum(_size(one, {}) for one in documents) > _LARGEST:
+            raise ManifestError(f"{source}: more than {_LARGEST} values")
+    except ManifestError:
+        raise
+    except RecursionError as error:
+        raise ManifestError(f"{source}: it is nested too deeply") from error
+    except (yaml.YAMLError, msgspec.MsgspecError, ValueError) as error:  # ValueError: a date that is none
         raise ManifestError(f"{source}: {' '.join(str(error).split())}") from error
     for number, document in enumerate(documents, 1):
         yield from _objects(document, f"{source}: document {number}")
+
+
+def _size(value: Any, known: dict[int, int]) -> int:
+    """Return how many values there are in one, each alias counted as what it stands for. Error: ManifestError (an
+    alias stands for what it is in).
+    """
+    if not isinstance(value, dict | list):
+        return 1
+    if (size := known.get(id(value))) is not None:
+        if not size:
+            raise ManifestError("an alias stands for what it is in")
+        return size
+    known[id(value)] = 0
+    size = 1 + sum(_size(one, known) for one in (value.values() if isinstance(value, dict) else value))
+    known[id(value)] = size
+    return size
 
 
 def _objects(document: Any, where: str) -> Iterator[tuple[ObjectKey, Raw]]:
@@ -131,5 +183,7 @@ def object_key(document: Raw, where: str = "") -> ObjectKey:
     name = metadata.get("name") if isinstance(metadata, dict) else None
     if not isinstance(kind, str) or not isinstance(name, str) or not kind or not name:
         raise ManifestError(f"{where}: kind and metadata.name must be set")
-    namespace = "" if kind in _CLUSTER_WIDE else str(metadata.get("namespace") or "default")  # type: ignore[union-attr]
-    return ObjectKey(kind, namespace, name)
+    namespace = metadata.get("namespace") or "default"  # type: ignore[union-attr]
+    if not isinstance(namespace, str):
+        raise ManifestError(f"{where}: metadata.namespace must be a string")
+    return ObjectKey(kind, "" if kind in _CLUSTER_WIDE else namespace, name)

@@ -1,12 +1,21 @@
 """The Kubernetes objects that the agent needs, typed."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any, Final
 
 import msgspec
 
+Address = IPv4Address | IPv6Address
+SERVICE_NAME: Final = "kubernetes.io/service-name"
+"""Label of an EndpointSlice that names its Service."""
 PROTOCOLS: Final[Mapping[str, int]] = {"TCP": 6, "UDP": 17, "SCTP": 132}
+_NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
+_LABEL_VALUE: Final = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?")
+_LABEL_KEY: Final = re.compile(r"([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
+"""Source: k8s.io/apimachinery, pkg/util/validation."""
 
 
 class ObjectError(ValueError):
@@ -37,12 +46,33 @@ class _PodSpec(msgspec.Struct, kw_only=True, rename="camel"):
     host_network: bool = False
 
 
+class _ServiceSpec(msgspec.Struct, kw_only=True):
+    selector: dict[str, str] | None = None
+
+
+class _Service(msgspec.Struct, kw_only=True):
+    metadata: _Metadata
+    spec: _ServiceSpec = msgspec.field(default_factory=_ServiceSpec)
+
+
+class _SliceEndpoint(msgspec.Struct, kw_only=True):
+    addresses: list[str] = []
+
+
+class _EndpointSlice(msgspec.Struct, kw_only=True, rename="camel"):
+    metadata: _Metadata
+    address_type: str = "IPv4"
+    endpoints: list[_SliceEndpoint] | None = None
+
+
 class _Pod(msgspec.Struct, kw_only=True):
     metadata: _Metadata
     spec: _PodSpec
 
 
-class _Namespace(msgspec.Struct, kw_only=True):
+class _Bare(msgspec.Struct, kw_only=True):
+    """A Namespace or a Node: its metadata is all that is needed."""
+
     metadata: _Metadata
 
 
@@ -68,23 +98,74 @@ class Namespace:
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """A Service; without a selector its backends are in EndpointSlices that somebody else writes."""
+
+    namespace: str
+    name: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+    selector: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointSlice:
+    """Backends of a Service (``service`` empty: of none)."""
+
+    namespace: str
+    name: str
+    service: str
+    addresses: tuple[Address, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeObject:
+    """A Node's labels."""
+
+    name: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
 def _convert(raw: Mapping[str, Any], type_: Any) -> Any:
     try:
         return msgspec.convert(raw, type_, strict=True)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, RecursionError) as error:
         metadata = raw.get("metadata")
         name = metadata.get("name", "?") if isinstance(metadata, dict) else "?"
         problem, _, where = str(error).rpartition(" - at ")
         raise ObjectError(f"{raw.get('kind')} {name}: {where.strip('`$.')}: {problem}") from error
 
 
+def _name(where: str, field_name: str, text: str) -> str:
+    """Return a name as the API server would take it. Error: ObjectError."""
+    if not _NAME.fullmatch(text) or len(text) > 253:
+        raise ObjectError(f"{where}: {field_name}: {text!r} is not a name")
+    return text
+
+
+def _labels(where: str, labels: Mapping[str, str] | None) -> Mapping[str, str]:
+    """Return labels as the API server would take them: no character that means something where they are kept. Error:
+    ObjectError.
+    """
+    for key, value in (labels or {}).items():
+        if not _LABEL_KEY.fullmatch(key) or len(key) > 317:
+            raise ObjectError(f"{where}: metadata.labels: {key!r} is not a label key")
+        if not _LABEL_VALUE.fullmatch(value) or len(value) > 63:
+            raise ObjectError(f"{where}: metadata.labels[{key}]: {value!r} is not a label value")
+    return labels or {}
+
+
 def parse_pod(raw: Mapping[str, Any]) -> Pod:
     """Return a Pod. Error: ObjectError."""
     pod = _convert(raw, _Pod)
+    what = f"Pod {pod.metadata.namespace}/{pod.metadata.name}"
+    labels = _labels(what, pod.metadata.labels)
+    if pod.spec.service_account_name:
+        _name(what, "spec.serviceAccountName", pod.spec.service_account_name)
     ports = set()
     for index, container in enumerate(pod.spec.containers):
         for number, port in enumerate(container.ports or ()):
-            where = f"Pod {pod.metadata.namespace}/{pod.metadata.name}: spec.containers[{index}].ports[{number}]"
+            where = f"{what}: spec.containers[{index}].ports[{number}]"
             if port.protocol not in PROTOCOLS:
                 raise ObjectError(f"{where}.protocol: {port.protocol!r} is none of {', '.join(PROTOCOLS)}")
             if not 1 <= port.container_port <= 65535:
@@ -92,10 +173,10 @@ def parse_pod(raw: Mapping[str, Any]) -> Pod:
             if port.name:
                 ports.add((port.name, PROTOCOLS[port.protocol], port.container_port))
     return Pod(
-        namespace=pod.metadata.namespace,
-        name=pod.metadata.name,
+        namespace=_name(what, "metadata.namespace", pod.metadata.namespace),
+        name=_name(what, "metadata.name", pod.metadata.name),
         uid=pod.metadata.uid,
-        labels=pod.metadata.labels or {},
+        labels=labels,
         node_name=pod.spec.node_name,
         service_account=pod.spec.service_account_name,
         named_ports=frozenset(ports),
@@ -105,8 +186,39 @@ def parse_pod(raw: Mapping[str, Any]) -> Pod:
 
 def parse_namespace(raw: Mapping[str, Any]) -> Namespace:
     """Return a Namespace. Error: ObjectError."""
-    found = _convert(raw, _Namespace)
-    return namespace_of(found.metadata.name, found.metadata.labels or {})
+    found = _convert(raw, _Bare)
+    what = f"Namespace {found.metadata.name}"
+    return namespace_of(_name(what, "metadata.name", found.metadata.name), _labels(what, found.metadata.labels))
+
+
+def parse_node(raw: Mapping[str, Any]) -> NodeObject:
+    """Return a Node. Error: ObjectError."""
+    found = _convert(raw, _Bare)
+    return NodeObject(name=found.metadata.name, labels=found.metadata.labels or {})
+
+
+def parse_service(raw: Mapping[str, Any]) -> Service:
+    """Return a Service. Error: ObjectError."""
+    found = _convert(raw, _Service)
+    metadata, labels = found.metadata, found.metadata.labels or {}
+    selector = found.spec.selector or {}
+    return Service(namespace=metadata.namespace, name=metadata.name, labels=labels, selector=selector)
+
+
+def parse_endpoint_slice(raw: Mapping[str, Any]) -> EndpointSlice:
+    """Return an EndpointSlice; one of type FQDN has no addresses. Error: ObjectError."""
+    found = _convert(raw, _EndpointSlice)
+    metadata = found.metadata
+    addresses = []
+    for number, one in enumerate(found.endpoints or () if found.address_type != "FQDN" else ()):
+        for text in one.addresses:
+            try:
+                addresses.append(ip_address(text))
+            except ValueError as error:
+                title = f"EndpointSlice {metadata.namespace}/{metadata.name}"
+                raise ObjectError(f"{title}: endpoints[{number}].addresses: {text!r} is no address") from error
+    service = (metadata.labels or {}).get(SERVICE_NAME, "")
+    return EndpointSlice(namespace=metadata.namespace, name=metadata.name, service=service, addresses=tuple(addresses))
 
 
 def namespace_of(name: str, labels: Mapping[str, str]) -> Namespace:

@@ -1,6 +1,7 @@
 """Who has which address, with Cilium's keys and JSON (pkg/ipcache/kvstore)."""
 
 from collections.abc import AsyncIterator, Mapping
+from ipaddress import ip_address
 from typing import Final
 
 import msgspec
@@ -101,7 +102,8 @@ def _read(key: str, value: bytes) -> IpEntry | None:
         ports = tuple(
             NamedPort(name=p.name, protocol=_PROTOCOLS[p.protocol.upper()], port=p.port) for p in pair.NamedPorts
         )
-    except (msgspec.MsgspecError, KeyError) as error:
+        _check(key, pair)
+    except (msgspec.MsgspecError, KeyError, ValueError) as error:
         log.warning("address-malformed", key=key, problem=str(error))
         return None
     return IpEntry(
@@ -114,3 +116,15 @@ def _read(key: str, value: bytes) -> IpEntry | None:
         service_account=pair.K8sServiceAccount,
         named_ports=ports,
     )
+
+
+def _check(key: str, pair: _Pair) -> None:
+    """Refuse what the datapath cannot hold, whoever wrote it. Error: ValueError."""
+    if key.rpartition("/")[2] != str(ip_address(pair.IP)):
+        raise ValueError(f"it is about {pair.IP}")
+    if pair.HostIP:
+        ip_address(pair.HostIP)
+    if not 0 <= pair.ID < 1 << 32:
+        raise ValueError(f"identity {pair.ID} is not in 0..{(1 << 32) - 1}")
+    if bad := [port.port for port in pair.NamedPorts if not 1 <= port.port <= 65535]:
+        raise ValueError(f"port {bad[0]} is not in 1..65535")

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Final
@@ -12,6 +13,8 @@ from urllib.parse import quote, unquote
 import watchfiles
 
 _LOCKS: Final = ".locks"
+_RELIST: Final = 30.0
+"""Seconds."""
 _SAFE: Final = "=;:@,+~!$"
 
 
@@ -24,7 +27,7 @@ class FileStore:
         (root / _LOCKS).mkdir(parents=True, exist_ok=True)
 
     def _path(self, key: str) -> Path:
-        return self.root.joinpath(*(_quoted(part) for part in key.split("/") if part))
+        return self.root.joinpath(*(quoted(part) for part in key.split("/") if part))
 
     def _key(self, path: Path) -> str:
         return "/".join(unquote(part) for part in path.relative_to(self.root).parts)
@@ -67,6 +70,11 @@ class FileStore:
             return False
         return True
 
+    def prune(self, prefix: str) -> None:
+        """Forget a prefix that has no keys: its folder goes. Nobody may write below it, or watch it, meanwhile."""
+        with contextlib.suppress(OSError):
+            self._path(prefix).rmdir()
+
     def list(self, prefix: str) -> dict[str, bytes]:
         """Return the keys below a prefix (a whole number of parts) with their values."""
         found = {}
@@ -80,45 +88,64 @@ class FileStore:
     @contextlib.contextmanager
     def locked(self, name: str) -> Iterator[None]:
         """Hold a lock that all nodes know."""
-        with (self.root / _LOCKS / f"{_quoted(name)}.lock").open("w") as file:
+        with (self.root / _LOCKS / f"{quoted(name)}.lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     async def watch(self, prefix: str) -> AsyncIterator[Mapping[str, bytes | None]]:
-        """Yield the full state, then batches of changes (None: deleted). No change is missed."""
+        """Yield the full state, then batches of changes (None: deleted). No change is missed: what happened between
+        the first listing and the watch, or is lost in the kernel's full queue, is found by listing again.
+        """
         folder = self._path(prefix)
         folder.mkdir(parents=True, exist_ok=True)
         known = self.list(prefix)
         yield dict(known)
-        caught_up = False
-        async for changes in watchfiles.awatch(folder, step=5, debounce=50, rust_timeout=1000, yield_on_timeout=True):
-            batch: dict[str, bytes | None] = {}
-            if not caught_up:  # what changed between the listing above and the watch
-                self._look(folder, known, batch)
-                now = self.list(prefix)
-                batch |= dict.fromkeys(known.keys() - now.keys())
-                known = now
-                caught_up = True
+        listed = -_RELIST
+        async for changes in watchfiles.awatch(
+            folder, watch_filter=None, step=5, debounce=50, rust_timeout=1000, yield_on_timeout=True
+        ):
+            before = _Before(known)
+            if (now := time.monotonic()) - listed >= _RELIST:
+                listed = now
+                present = self.list(prefix)
+                for key in known.keys() | present.keys():
+                    before.set(key, present.get(key))
             for _, name in changes:
-                self._look(Path(name), known, batch)
-            if batch:
+                path = Path(name)
+                if path.is_dir():
+                    for key, value in self.list(self._key(path)).items():
+                        before.set(key, value)
+                else:
+                    before.set(self._key(path), self.get(self._key(path)))
+            if batch := before.changes():
                 yield batch
 
-    def _look(self, path: Path, known: dict[str, bytes], batch: dict[str, bytes | None]) -> None:
-        key = self._key(path)
-        if path.is_dir():
-            found: dict[str, bytes] = self.list(key)
+
+class _Before:
+    """What was known when a batch began: a key that came and went within it was never there."""
+
+    def __init__(self, known: dict[str, bytes]) -> None:
+        self._known = known
+        self._values: dict[str, bytes | None] = {}
+
+    def set(self, key: str, value: bytes | None) -> None:
+        """Note a key's value now; None: it is not there."""
+        old = self._known.get(key)
+        if old == value:
+            return
+        self._values.setdefault(key, old)
+        if value is None:
+            del self._known[key]
         else:
-            value = self.get(key)
-            found = {key: value} if value is not None else {}
-            if value is None and known.pop(key, None) is not None:
-                batch[key] = None
-        for name, value in found.items():
-            if known.get(name) != value:
-                batch[name] = known[name] = value
+            self._known[key] = value
+
+    def changes(self) -> dict[str, bytes | None]:
+        """Return what is different now."""
+        now = ((key, old, self._known.get(key)) for key, old in self._values.items())
+        return {key: value for key, old, value in now if value != old}
 
 
-def _quoted(part: str) -> str:
-    """Return a file name for a key's part: never a hidden one."""
+def quoted(part: str) -> str:
+    """Return a file name for a key's part: never a hidden one. A file name has at most 255 octets."""
     name = quote(part, safe=_SAFE)
     return f"%2E{name[1:]}" if name.startswith(".") else name

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -133,7 +134,7 @@ def stop(topology: Topology, node: str, which: str = AGENT, number: signal.Signa
 
 
 def wait_ready(topology: Topology, node: str, seconds: float = _START) -> None:
-    """Return once a node's agent is ready. Error: LabError with the end of its log."""
+    """Return once a node's agent is ready and its proxy answers. Error: LabError with the end of its log."""
     client = AgentClient(topology.socket(node), timeout=5)
     reasons = "it does not answer"
     for _ in _ticks(seconds):
@@ -141,11 +142,17 @@ def wait_ready(topology: Topology, node: str, seconds: float = _START) -> None:
             raise LabError(f"node {node}: its agent ended\n{log_tail(log_path(topology, node))}")
         with contextlib.suppress(AgentError):
             health = client.health()
-            if health.get("ready"):
+            if health.get("ready") and _answers(topology.node_directory(node) / "run" / "proxyd.sock"):
                 return
-            reasons = ", ".join(health.get("reasons", ()))
+            reasons = ", ".join(health.get("reasons", ())) or "its proxy does not answer"
     tail = log_tail(log_path(topology, node))
     raise LabError(f"node {node}: its agent is not ready after {seconds:g} s: {reasons}\n{tail}")
+
+
+def _answers(path: Path) -> bool:
+    """Whether somebody accepts connections on a unix socket."""
+    with socket.socket(socket.AF_UNIX) as one:
+        return one.connect_ex(str(path)) == 0
 
 
 def _ticks(seconds: float) -> Iterator[None]:

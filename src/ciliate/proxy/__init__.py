@@ -1,5 +1,5 @@
 """L7 policy through Envoy: a daemon of its own that outlives the agent, and the client the agent talks to it with.
 
 ``api``, ``client`` and ``binary`` are light and may be imported by anybody; everything else belongs to the daemon
-``ciliate-proxyd``. See docs/explanation/l7-http.md and docs/adr/0006-l7-proxy-process.md.
+``ciliate-proxyd``. See docs/explanation/proxy.md and docs/adr/0007-proxy-is-a-process-of-its-own.md.
 """

@@ -24,6 +24,7 @@ from envoy.extensions.filters.listener.original_src.v3 import (
 from envoy.extensions.filters.network.http_connection_manager.v3 import (
     http_connection_manager_pb2 as _hcm,
 )
+from envoy.extensions.filters.network.rbac.v3 import rbac_pb2 as _network_rbac
 from envoy.extensions.filters.network.set_filter_state.v3 import (
     set_filter_state_pb2 as _filter_state,
 )
@@ -47,6 +48,7 @@ RBACRules: Any = _rbac_config.RBAC
 HTTPAccessLogEntry: Any = _log_data.HTTPAccessLogEntry
 HttpGrpcAccessLogConfig: Any = _als_config.HttpGrpcAccessLogConfig
 RBAC: Any = _rbac.RBAC
+NetworkRBAC: Any = _network_rbac.RBAC
 Router: Any = _router.Router
 OriginalDst: Any = _original_dst.OriginalDst
 OriginalSrc: Any = _original_src.OriginalSrc

@@ -39,20 +39,27 @@ class RulesetSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True,
 
 
 class PutRulesets(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Body of ``PUT /v1/rulesets``: the full set. What is not in it is removed."""
+    """Body of ``PUT /v1/rulesets``. With ``prune`` it is the full set, and what is not in it is removed.
+
+    Removed: nothing new may be sent to its listener, and whatever connections it still has the caller has judged anew;
+    they are passed on unconditionally until they end.
+    """
 
     rulesets: tuple[RulesetSpec, ...]
+    prune: bool = True
 
 
 class RulesetResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of a rule set. ``port`` is its listener's on 127.0.0.1 and ::1, 0 if it has none.
+    """What became of a rule set. ``port`` is its listener's on 127.0.0.1 and ::1, 0 if it does not listen (yet).
 
     With ``error`` the rules that were in force before still are; a rule set that had none denies everything.
+    ``refused``: Envoy says that the rules are wrong; else it has not come to them yet, and asking again may help.
     """
 
     id: int
     port: int
     error: str | None = None
+    refused: bool = False
 
 
 class PutRulesetsReply(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,7 +75,6 @@ class RulesetStatus(msgspec.Struct, frozen=True, kw_only=True):
     port: int
     rules: int
     acknowledged: bool
-    connections: int | None = None
 
 
 class EnvoyStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,6 +104,8 @@ class ProxyStatus(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     envoy: EnvoyStatus
     rulesets: tuple[RulesetStatus, ...]
+    retired: int = 0
+    """Rule sets that are removed but still have connections."""
     accesslog: AccessLogStatus
     alarms: tuple[str, ...] = ()
 

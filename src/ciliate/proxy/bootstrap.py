@@ -43,6 +43,9 @@ def bootstrap(*, node: str, xds_socket: Path, admin_socket: Path) -> bytes:
         # A pattern's size is the policy author's business: the default of 100 refuses ordinary ones.
         "re2.max_program_size.error_level": 1_000_000,
         "re2.max_program_size.warn_level": 1_000_000,
+        # A header that is there twice matches as "a,b": the server may heed the value that no rule has seen.
+        "envoy.reloadable_features.match_headers_individually": False,
+        "envoy.reloadable_features.rbac_match_headers_individually": False,
     }
     document = {
         "node": {"id": node, "cluster": "ciliate"},

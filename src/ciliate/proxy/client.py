@@ -43,12 +43,12 @@ class ProxyClient:
         self._socket = str(socket)
         self._timeout = timeout
 
-    async def put_rulesets(self, rulesets: Iterable[RulesetSpec]) -> list[RulesetResult]:
+    async def put_rulesets(self, rulesets: Iterable[RulesetSpec], *, prune: bool = True) -> list[RulesetResult]:
         """What became of each rule set, in order, once Envoy has acknowledged or refused all of them.
 
-        ``rulesets`` is the full set. Raises ProxyUnavailableError, ProxyRequestError.
+        With ``prune`` it is the full set: others are removed. Raises ProxyUnavailableError, ProxyRequestError.
         """
-        body = msgspec.json.encode(PutRulesets(rulesets=tuple(rulesets)))
+        body = msgspec.json.encode(PutRulesets(rulesets=tuple(rulesets), prune=prune))
         answer = await self._call("PUT", "/v1/rulesets", body)
         return list(msgspec.json.decode(answer, type=PutRulesetsReply).rulesets)
 

@@ -91,6 +91,7 @@ def compile_listener(ruleset: int, port: int, options: ProxyOptions) -> XdsResou
         filter_chains=[
             {
                 "filters": [
+                    {"name": "envoy.filters.network.rbac", "typed_config": pb.pack(_no_loopback())},
                     {
                         "name": "envoy.filters.network.set_filter_state",
                         "typed_config": pb.pack(_ruleset_state(ruleset)),
@@ -204,6 +205,19 @@ def _add_policy(rules: pb.Message, index: int, rule: HttpRuleSpec) -> None:
         policy.permissions.add(any=True)
 
 
+def _no_loopback() -> pb.Message:
+    """Refuses what was not redirected: a process of the node that connects to the port itself.
+
+    Its destination is the listener, so Envoy would connect to itself without end.
+    """
+    rules = pb.RBACRules(action="DENY")
+    policy = rules.policies["loopback"]
+    policy.principals.add(any=True)
+    for prefix, length in (("127.0.0.0", 8), ("::1", 128)):
+        policy.permissions.add(destination_ip={"address_prefix": prefix, "prefix_len": {"value": length}})
+    return pb.NetworkRBAC(rules=rules, stat_prefix="loopback.")
+
+
 def _ruleset_state(ruleset: int) -> pb.Message:
     value = {
         "object_key": RULESET_STATE,
@@ -285,6 +299,7 @@ def _routes() -> dict[str, Any]:
     return {
         "name": "l7",
         "virtual_hosts": [{"name": "l7", "domains": ["*"], "routes": [route]}],
+        "request_headers_to_remove": ["x-envoy-internal", "x-envoy-external-address"],
     }
 
 
@@ -307,7 +322,11 @@ def _access_log() -> pb.Message:
 
 def _http1() -> dict[str, Any]:
     formatter = {"name": "preserve_case", "typed_config": pb.pack(pb.PreserveCaseFormatterConfig())}
-    return {"enable_trailers": True, "header_key_format": {"stateful_formatter": formatter}}
+    return {
+        "enable_trailers": True,
+        "allow_custom_methods": True,
+        "header_key_format": {"stateful_formatter": formatter},
+    }
 
 
 def _http2_windows() -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The gRPC server that Envoy talks to, on a unix socket: incremental ADS, and the access log service."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,7 +10,7 @@ import structlog
 
 from ciliate.proxy import _pb as pb
 from ciliate.proxy.accesslog import AccessLogHub
-from ciliate.proxy.xds import Key, XdsSession, XdsStore
+from ciliate.proxy.xds import XdsSession, XdsStore
 
 _MAX_MESSAGE: Final = 64 << 20
 _log = structlog.get_logger()
@@ -55,6 +55,7 @@ class XdsServer:
         )
         self._server.add_insecure_port(f"unix:{socket}")
         await self._server.start()
+        socket.chmod(0o600)
 
     async def stop(self) -> None:
         """Closes all streams and the socket."""
@@ -68,11 +69,9 @@ class XdsServer:
             self._session.touch(touched)
         self._wake.set()
 
-    async def wait_settled(self, wanted: Iterable[tuple[Key, str]]) -> None:
-        """Returns when Envoy has accepted or refused all these versions. Bound it with a timeout."""
-        for key, version in wanted:
-            while not self._store.settled(key, version):
-                await self._progress.wait()
+    async def progress(self) -> None:
+        """Returns when Envoy has said something."""
+        await self._progress.wait()
 
     def _advance(self) -> None:
         self._progress.set()

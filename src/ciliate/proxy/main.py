@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 from ciliate.proxy.api import InvalidRequestError, PutRulesetsReply, decode_put
 from ciliate.proxy.compile import ProxyOptions
-from ciliate.proxy.service import PortsExhaustedError, ProxyService
+from ciliate.proxy.service import ProxyService
 from ciliate.unixserver import listen, serve
 
 _log = structlog.get_logger()
@@ -96,11 +96,10 @@ def application(service: ProxyService) -> Starlette:
 
     async def put_rulesets(request: Request) -> Response:
         try:
-            results = await service.apply(decode_put(await request.body()).rulesets)
+            put = decode_put(await request.body())
         except InvalidRequestError as error:
             return _json({"error": str(error)}, 400)
-        except PortsExhaustedError as error:
-            return _json({"error": str(error)}, 507)
+        results = await service.apply(put.rulesets, prune=put.prune)
         return _json(PutRulesetsReply(rulesets=tuple(results)))
 
     async def get_status(_: Request) -> Response:

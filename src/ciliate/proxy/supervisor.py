@@ -14,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -24,7 +25,10 @@ from ciliate.proxy.binary import EnvoyNotFoundError
 _FIRST_BACKOFF: Final = 0.05
 _MAX_BACKOFF: Final = 5.0
 _STABLE: Final = 10.0  # seconds a process must have lived for the backoff to start over
+_QUICK: Final = 3
+"""So many ends in a row, each within _STABLE, are an alarm."""
 _END_GRACE: Final = 3.0
+_NO_START: Final = "Envoy does not start"
 _MAX_LOG: Final = 8 << 20
 _log = structlog.get_logger()
 
@@ -139,8 +143,10 @@ def running(folder: Path) -> list[tuple[int, Path]]:
             arguments = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
-        if len(arguments) > 2 and arguments[1] == "-c" and arguments[2].startswith(prefix):
-            found.append((int(entry.name), Path(arguments[2])))
+        for option, value in pairwise(arguments):
+            if option == "-c" and value.startswith(prefix):
+                found.append((int(entry.name), Path(value)))
+                break
     return found
 
 
@@ -182,27 +188,35 @@ class Supervisor:
 
     async def run(self) -> None:
         """Supervises until cancelled, then ends Envoy."""
-        backoff = _FIRST_BACKOFF
-        first = True
+        quick, first = 0, True
         try:
             await self._look_for_earlier()
             while True:
                 await self._needed.wait()
-                began = time.monotonic()
                 if self.process is None:
                     self._start(restart=not first)
                 first = False
-                if self.process is not None:
-                    self.last_exit = await self.process.wait()
-                    _log.warning("envoy_exited", pid=self.process.pid, reason=self.last_exit)
-                    self.process.close()
-                    self.process = None
-                if time.monotonic() - began > _STABLE:
-                    backoff = _FIRST_BACKOFF
-                await asyncio.sleep(backoff)
-                backoff = min(backoff * 2, _MAX_BACKOFF)
+                stable = self.process is not None and await self._watch(self.process)
+                quick = 0 if stable else quick + 1
+                if quick >= _QUICK and self.last_exit and self.alarm is None:
+                    self.alarm = f"Envoy keeps ending ({self.last_exit}); see envoy.log"
+                await asyncio.sleep(min(_FIRST_BACKOFF * 2**quick, _MAX_BACKOFF))
         finally:
             await self._finish()
+
+    async def _watch(self, process: EnvoyProcess) -> bool:
+        """Returns when the process has ended: whether it had run for long enough to count as sound."""
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(_STABLE):
+                self.last_exit = await process.wait()
+        except TimeoutError:
+            self.alarm = None
+            self.last_exit = await process.wait()
+        _log.warning("envoy_exited", pid=process.pid, reason=self.last_exit)
+        process.close()
+        self.process = None
+        return time.monotonic() - began >= _STABLE
 
     async def _look_for_earlier(self) -> None:
         try:
@@ -219,9 +233,10 @@ class Supervisor:
         except OSError as error:  # EnvoyNotFoundError is one too
             if self.alarm is None:
                 _log.error("envoy_not_started", error=str(error))
-            self.alarm = f"Envoy does not start: {error}"
+            self.alarm = f"{_NO_START}: {error}"
             return
-        self.alarm = None
+        if self.alarm and self.alarm.startswith(_NO_START):
+            self.alarm = None
         self.restarts += restart
         _log.info("envoy_started", pid=self.process.pid)
 
