@@ -81,13 +81,15 @@ def proxy(node: Rig, family: int, policy: PolicyImage, *, listens: bool = True) 
     """A proxy for TCP port 80 of pod 3, whose ingress policy this is."""
     node.apply({3: (nothing(EGRESS), policy)})
     (ruleset,) = [number for number, one in node.path.policy.rulesets.items() if one == WEB] or [0]
-    node.path.listeners.sync({ruleset: PORT} if listens and ruleset else {})
+    listeners = {ruleset: PORT} if listens and ruleset else {}
+    node.path.listeners.keep(listeners)
+    node.path.listeners.sync(listeners)
     made = Proxy(node, family, listens)
     try:
         yield made
     finally:
         made.close()
-        node.path.listeners.sync({})
+        node.path.listeners.keep(())
 
 
 @dataclass(kw_only=True)
@@ -192,6 +194,7 @@ def test_row_14_row_17_client_to_the_proxy_and_back(node: Rig, family: int, way:
 def test_row_14_is_closed_when_nobody_listens(node: Rig, family: int, missing: str) -> None:
     with proxy(node, family, web(INGRESS), listens=False):
         if missing == "socket":
+            node.path.listeners.keep(node.path.policy.rulesets)
             node.path.listeners.sync(dict.fromkeys(node.path.policy.rulesets, PORT))
         client = Client.at(node, "pod", family)
         client.send(tcp(client.address, pod_address(3, family), 4000, 80))

@@ -434,6 +434,16 @@ def test_the_pair_is_the_same_object_until_something_changes() -> None:
     assert engine.resolve(SELF) is engine.resolve(SELF)
 
 
+def test_all_that_share_an_image_see_it_change() -> None:
+    engine = engine_with(policy("p", rule(tcp(80), peers=[app("a")])))
+    who = [(SELF, frozenset({("web", 6, 1)})), (SELF, frozenset({("web", 6, 2)})), (SELF | {"k8s:more=1"}, frozenset())]
+    first = [engine.resolve(*one)[INGRESS] for one in who]
+    engine.identities.remove(A)
+    second = [engine.resolve(*one)[INGRESS] for one in who]
+    for image, before in zip(second, first, strict=True):
+        assert image is second[0] is not before and image is not None and A not in image.members
+
+
 def test_a_changed_rule_leaves_images_alone_that_do_not_have_it() -> None:
     one = policy("p", rule(tcp(80), peers=[app("a")]))
     other = policy("q", rule(tcp(80), peers=[app("a")]), selector=need(app="other"))
@@ -451,6 +461,23 @@ def test_classes_have_rows_only_where_they_differ() -> None:
     assert image is not None
     assert [len(rows) for rows in image.defaults.values()] == [60] * 5
     assert len(image.members[A]) == 1
+
+
+def test_a_rule_for_all_ports_is_one_row_beside_the_ports_that_are_open_to_anyone() -> None:
+    rules = [rule(tcp(20000 + index)) for index in range(60)]
+    engine = engine_with(policy("p", *rules, rule(peers=[app("a")]), rule(tcp(20001), action=DENY, peers=[app("a")])))
+    image = engine.resolve(SELF)[INGRESS]
+    assert image is not None
+    assert [(row.key.port, row.verdict.name) for row in image.members[A]] == [(0, "ALLOW"), (20001, "DENY")]
+    assert [row.rules[0].index for row in image.members[A]] == [60, 61]
+
+
+def test_all_ports_but_one_are_two_rows() -> None:
+    engine = engine_with(policy("p", rule(PortSpec(protocol=6)), rule(tcp(80), action=DENY)))
+    image = engine.resolve(SELF)[INGRESS]
+    assert image is not None
+    for rows in image.defaults.values():
+        assert [(row.key.bits, row.key.port, row.verdict.name) for row in rows] == [(0, 0, "ALLOW"), (16, 80, "DENY")]
 
 
 def test_a_pod_peer_of_any_namespace_is_the_whole_cluster() -> None:
