@@ -190,3 +190,149 @@ def _check_expectations(found: "list[Answer]") -> None:
     if wrong:
         fail([*wrong, f"{len(wrong)} of {len(said)} expectations failed"])
     print(f"all {len(said)} expectations hold", file=sys.stderr)
+
+
+@policy.command("trace")
+def policy_trace(
+    source: Annotated[str, typer.Option("--src", help="namespace/pod, address, CIDR, node/NAME or reserved:NAME.")],
+    destination: Annotated[str, typer.Option("--dst", help="The same.")],
+    port: Annotated[str, typer.Option("--dport", help="8080, UDP/53, ICMP/8, or a port name of the destination.")] = "",
+    l7: Annotated[str, typer.Option("--l7", help="A request for the L7 rules: 'GET /path'.")] = "",
+    files: MaybeManifests = None,
+    output: OutputOption = Output.table,
+    cluster_name: ClusterName = "default",
+    node: NodeOption = None,
+    cluster: ClusterOption = None,
+    socket: SocketOption = None,
+) -> None:
+    """Say what would happen to a connection and why, with -f from manifests, else by an agent's own state.
+
+    Shows the rules that decide, those that nearly do and what differs, and, if it is denied, the smallest policy that
+    would allow it. Exit code 0 whatever the verdict.
+    """
+    question = {"src": source, "dst": destination, **_port_fields(port)} | ({"http": l7} if l7 else {})
+    if files:
+        from ciliate.cli.policy_sources import read_world
+        from ciliate.policy.ask.documents import trace_document
+        from ciliate.policy.ask.flows import parse_flow
+        from ciliate.policy.ask.trace import trace
+        from ciliate.policy.ask.world import AskError
+
+        world = read_world(files, cluster_name, stdin_for(*files))
+        try:
+            document = trace_document(trace(world, parse_flow(question)))
+        except AskError as error:
+            raise UserError(str(error)) from error
+    else:
+        document = agent(socket, node, cluster).post("policy/trace", question)
+    if output is Output.json:
+        emit_json(document)
+        return
+    from ciliate.cli.policy_text import trace_text
+
+    sys.stdout.write(trace_text(document))
+
+
+def _port_fields(text: str) -> dict[str, Any]:
+    if not text:
+        raise UserError("--dport: must be set: 8080, UDP/53, ICMP/8 or a port's name")
+    first, slash, second = text.partition("/")
+    if not slash:
+        if first.upper() in ("ICMP", "ICMPV6"):
+            return {"protocol": first}
+        return {"port": first}
+    if first.isdigit():
+        first, second = second, first
+    return {"protocol": first, "port": second}
+
+
+@policy.command("selectors")
+def policy_selectors(
+    files: MaybeManifests = None,
+    output: OutputOption = Output.table,
+    cluster_name: ClusterName = "default",
+    node: NodeOption = None,
+    cluster: ClusterOption = None,
+    socket: SocketOption = None,
+) -> None:
+    """List every selector of the policies and how many identities and pods it selects; -o json says which."""
+    if files:
+        from ciliate.cli.policy_sources import read_world
+        from ciliate.policy.ask.census import census
+        from ciliate.policy.ask.documents import selectors_document
+
+        rows = selectors_document(census(read_world(files, cluster_name, stdin_for(*files))))
+    else:
+        rows = agent(socket, node, cluster).get("policy/selectors")
+    if output is Output.json:
+        emit_json(rows)
+        return
+    shown = [
+        {
+            "policy": f"{row['kind']} {row['namespace']}/{row['name']}".replace(" /", " "),
+            "role": row["role"],
+            "identities": len(row["identities"]),
+            "pods": len(row["pods"]),
+            "selector": row["selector"],
+            "rules": row["rules"],
+            "note": "selects nothing" if row["selects_nothing"] else "",
+        }
+        for row in rows
+    ]
+    emit_rows(shown, output)
+
+
+@policy.command("explain")
+def policy_explain(
+    event: Annotated[
+        str, typer.Argument(metavar="EVENT", help="A line of `ciliate monitor -o json`, or - to read it.")
+    ],
+    files: MaybeManifests = None,
+    output: OutputOption = Output.table,
+    node: NodeOption = None,
+    cluster: ClusterOption = None,
+    socket: SocketOption = None,
+) -> None:
+    """Say in words which rule decided an event, and what that rule says: from manifests with -f, else from an agent."""
+    from ciliate.policy.ask.documents import parts_document
+    from ciliate.policy.ask.explain import explain
+    from ciliate.policy.ask.world import AskError
+
+    stdin = stdin_for(Path(event) if event == "-" else None, *(files or ()))
+    text = stdin if event == "-" else event
+    documents = _documents(files, socket, node, cluster, stdin)
+    explained = []
+    for line in [text] if event != "-" else [one for one in text.splitlines() if one.strip()]:
+        try:
+            explained.append(parts_document(explain(json.loads(line), documents)))
+        except ValueError as error:
+            problem = str(error) if isinstance(error, AskError) else f"not a JSON object ({error})"
+            raise UserError(f"event: {problem}") from error
+    if not explained:
+        raise UserError("event: nothing to explain; give a line of `ciliate monitor -o json`")
+    if output is Output.json:
+        emit_json(explained[0] if len(explained) == 1 else explained)
+        return
+    from ciliate.cli.policy_text import explanation_text
+
+    sys.stdout.write("\n".join(explanation_text(parts) for parts in explained))
+
+
+def _documents(
+    files: list[Path] | None, socket: Path | None, node: str | None, cluster: str | None, stdin: str
+) -> dict[tuple[str, str, str], Any]:
+    """Policies as they were written: of manifests, of an agent; none if no agent is there and none was named."""
+    from ciliate.client import AgentError
+
+    if files:
+        from ciliate.cli.policy_sources import read_manifests
+
+        return dict(read_manifests(files, "default", stdin).documents)
+    try:
+        rows = agent(socket, node, cluster).get("policy/objects")
+    except AgentError as error:
+        if socket is not None or node is not None or cluster is not None:
+            raise
+        print(f"ciliate: the rules' text is not shown: {error}", file=sys.stderr)
+        return {}
+    return {(row["kind"], row["namespace"], row["name"]): row["document"] for row in rows}

@@ -46,6 +46,8 @@ class Cluster:
     pods: dict[tuple[str, str], Pod] = field(default_factory=dict)
     namespaces: dict[str, Namespace] = field(default_factory=dict)
     policies: dict[Key, PolicyObject] = field(default_factory=dict)
+    documents: dict[Key, Mapping[str, Any]] = field(default_factory=dict)
+    """The policies as they were written."""
     rejected: dict[Key, str] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
     """By file."""
@@ -316,6 +318,7 @@ class Agent:
                 case kind if kind in POLICY_KINDS:
                     policy = parse_object(raw)
                     cluster.policies[policy.key] = policy
+                    cluster.documents[policy.key] = raw
                 case _:
                     return
         except (PolicyError, ObjectError) as error:
@@ -333,6 +336,7 @@ class Agent:
                 self.cluster.namespaces.pop(key.name, None)
             case kind if kind in POLICY_KINDS:
                 self.cluster.policies.pop((key.kind, key.namespace, key.name), None)
+                self.cluster.documents.pop((key.kind, key.namespace, key.name), None)
 
     async def _identify_all(self, keys: set[ObjectKey]) -> None:
         """Pods whose labels, or whose namespace's, may have changed get the identity they have now."""

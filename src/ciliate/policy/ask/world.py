@@ -149,6 +149,20 @@ class World:
             owners=owners,
         )
 
+    def with_objects(self, objects: Iterable[PolicyObject]) -> "World":
+        """Return the same world under other policies; identities keep their numbers."""
+        return World.build(
+            pods=self.pods.values(),
+            nodes=self.nodes.values(),
+            objects=objects,
+            groups=self.groups,
+            services=self.services,
+            cluster=self.cluster,
+            cluster_id=self.cluster_id,
+            dual_stack=self.dual_stack,
+            known=self.identities,
+        )
+
     # ---- engines ----------------------------------------------------------------------------------------------
 
     def engine(
