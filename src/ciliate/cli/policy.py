@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ciliate.cli.output import Output, cell, emit_document, emit_json, emit_rows, table
+from ciliate.cli.policy_verify import verify
 from ciliate.cli.target import ClusterOption, NodeOption, OutputOption, SocketOption, agent
 from ciliate.client import UserError
 
@@ -36,6 +37,9 @@ def stdin_for(*files: Path | None) -> str:
     if len(asked) > 1:
         raise UserError("-: standard input can be read once only; name a file for the other")
     return sys.stdin.read() if asked else ""
+
+
+policy.add_typer(verify, name="verify")
 
 
 @policy.command("list")

@@ -5,6 +5,8 @@ from typing import Any
 
 import yaml
 
+from ciliate.cli.output import table
+
 
 def yaml_text(document: Any, indent: int = 0) -> str:
     """Return a document as YAML, indented."""
@@ -70,3 +72,46 @@ def explanation_text(parts: Sequence[Mapping[str, Any]]) -> str:
         elif part["rule"] and part["rule"]["index"] >= 0:
             text += "    (the rule is not among the manifests; name them with -f)\n"
     return text
+
+
+def finding_text(document: Mapping[str, Any]) -> str:
+    """Return what became of a question to ``verify``."""
+    text = ""
+    if document["rows"]:
+        rows = [[_who(row), row["ports"], "L7" if row["l7"] else "", row["rules"]] for row in document["rows"]]
+        text += table(("who", "ports", "l7", "by"), rows) + "\n"
+    elif document["question"].startswith("who"):
+        text += "nobody\n\n"
+    if not document["question"].startswith("who"):
+        text += f"{'holds' if document['holds'] else 'DOES NOT HOLD'}: {document['question']}\n"
+    if example := document["counterexample"]:
+        text += _example_text(example)
+    text += f"over {document['over']}\n"
+    return text + "".join(f"  {one}\n" for one in document["assumptions"])
+
+
+def _who(row: Mapping[str, Any]) -> str:
+    names = ", ".join(row["pods"][:3]) + (f" and {len(row['pods']) - 3} more" if len(row["pods"]) > 3 else "")
+    others = f" (and {row['others']} other kinds of pods)" if row.get("others") else ""
+    return (names or row["from"]) + others
+
+
+def _example_text(example: Mapping[str, Any]) -> str:
+    lines = [f"  {example['src']} -> {example['dst']} {example['protocol']}/{example['port']}"]
+    for name in ("src", "dst"):
+        if not example[f"{name}_exists"]:
+            labels = " ".join(one for one in example[f"{name}_labels"])
+            lines.append(f"    {name} could be a pod with: {labels}")
+    sides = {name: example[name] for name in ("first", "second") if name in example} or {"": example}
+    for name, side in sides.items():
+        verdicts = ", ".join(f"{key} {side[key] or '-'}" for key in ("egress", "ingress"))
+        lines.append(f"    {name + ': ' if name else ''}{side['final']} ({verdicts})")
+        for direction, rules in side["rules"].items():
+            lines += [f"      {direction}: {_rule_text(one)}" for one in rules]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _rule_text(rule: Mapping[str, Any]) -> str:
+    name = "/".join(str(rule[key]) for key in ("namespace", "name") if rule[key])
+    index = f"[{rule['index']}]" if rule["index"] >= 0 else ""
+    return f"{rule['kind']} {name} {rule['section']}{index}"

@@ -1,6 +1,6 @@
 """Questions about policies, answered from the agent's own state.
 
-The state is copied in the loop (references only), the answer is computed in a worker thread: the loop goes on meanwhile.
+The state is copied in the loop (references only), the answer is computed in a worker thread: the loop goes on.
 """
 
 import asyncio
@@ -71,6 +71,7 @@ class Snapshot:
             pods=[self._pod(pod, addresses) for pod in self.pods],
             nodes=[NodeFacts(name=n.name, addresses=tuple(map(str, n.addresses))) for n in self.nodes],
             objects=self.policies,
+            namespaces={name: one.labels for name, one in self.namespaces.items()},
             cluster=self.cluster,
             cluster_id=self.cluster_id,
             dual_stack=self.dual_stack,

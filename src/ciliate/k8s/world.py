@@ -42,6 +42,19 @@ class Sources:
     made: list[Labels] = field(default_factory=list)
     """Labels of pods that a controller has made."""
 
+    def merged(self, other: "Sources") -> "Sources":
+        """Return what both say; what both have is taken from this one."""
+        return Sources(
+            pods={**other.pods, **self.pods},
+            nodes={**other.nodes, **self.nodes},
+            policies={**other.policies, **self.policies},
+            documents={**other.documents, **self.documents},
+            groups={**other.groups, **self.groups},
+            services={**other.services, **self.services},
+            namespaces={**other.namespaces, **self.namespaces},
+            problems=[*self.problems, *other.problems],
+        )
+
     def world(self, cluster: str = "default") -> World:
         """Return the world. Error: AskError."""
         return World.build(
@@ -50,6 +63,7 @@ class Sources:
             objects=self.policies.values(),
             groups=self.groups.values(),
             services=self.services.values(),
+            namespaces={name: one.labels for name, one in self.namespaces.items()},
             cluster=cluster,
         )
 

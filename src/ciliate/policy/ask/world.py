@@ -93,6 +93,8 @@ class World:
     dual_stack: bool = True
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Other names of pods: ``namespace/workload`` for its first replica."""
+    namespaces: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Name -> labels, of those that are known."""
     owners: Mapping[str, str] = field(default_factory=dict)
     """Address -> pod or ``node/NAME``."""
 
@@ -105,6 +107,7 @@ class World:
         objects: Iterable[PolicyObject] = (),
         groups: Iterable[CidrGroup] = (),
         services: Iterable[ServiceFacts] = (),
+        namespaces: Mapping[str, Mapping[str, str]] | None = None,
         cluster: str = "default",
         cluster_id: int = 0,
         dual_stack: bool = True,
@@ -146,6 +149,7 @@ class World:
             cluster_id=cluster_id,
             dual_stack=dual_stack,
             aliases=aliases,
+            namespaces=namespaces or {},
             owners=owners,
         )
 
@@ -157,6 +161,7 @@ class World:
             objects=objects,
             groups=self.groups,
             services=self.services,
+            namespaces=self.namespaces,
             cluster=self.cluster,
             cluster_id=self.cluster_id,
             dual_stack=self.dual_stack,
