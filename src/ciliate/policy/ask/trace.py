@@ -101,6 +101,10 @@ class _Tracer:
         ]
         order = list(Status)
         listed.sort(key=lambda one: (order.index(one.status), len(one.reasons), one.ref))
+        first: dict[RuleRef, RuleTrace] = {}
+        for one in listed:  # what is written as one rule may stand for several
+            first.setdefault(one.ref, one)
+        listed = list(first.values())
         elsewhere = [one for one in listed if one.status is Status.ELSEWHERE]
         denied = side.verdict is Verdict.DENIED or side.request_allowed is False
         return EndTrace(
