@@ -35,7 +35,7 @@ def census(world: World) -> list[Selected]:
     known: dict[Peer, tuple[IdentityId, ...]] = {}
     rows = []
     for policy in world.objects:
-        rows += list(_subjects(world, policy, pods))
+        rows += list(_subjects(world, probe, policy, pods))
         for peer, rules in _peers(policy).items():
             if peer not in known:
                 first = next(rule for s in policy.subjects for rule in s.rules if peer in (rule.peers or ()))
@@ -44,7 +44,9 @@ def census(world: World) -> list[Selected]:
     return rows
 
 
-def _subjects(world: World, policy: PolicyObject, pods: Mapping[IdentityId, list[str]]) -> Iterator[Selected]:
+def _subjects(
+    world: World, probe: Probe, policy: PolicyObject, pods: Mapping[IdentityId, list[str]]
+) -> Iterator[Selected]:
     for subject in policy.subjects:
         if subject.nodes:
             names = sorted(n.name for n in world.nodes.values() if subject.selector.matches(node_labels(n.labels)))
@@ -57,9 +59,7 @@ def _subjects(world: World, policy: PolicyObject, pods: Mapping[IdentityId, list
                 pods=tuple(f"node/{name}" for name in names),
             )
             continue
-        found = tuple(
-            sorted(number for number, one in world.identities.items() if subject.selector.matches(one.labels))
-        )
+        found = tuple(sorted(probe.selected(subject.selector)))
         yield _row(policy, "subject", selector_text(subject.selector), (), found, pods)
 
 

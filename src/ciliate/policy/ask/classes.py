@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from ciliate.identity.labels import CLUSTER, NAMESPACE, NAMESPACE_LABELS, SERVICE_ACCOUNT, Labels, k8s, relevant
+from ciliate.identity.labels import CLUSTER, NAMESPACE, NAMESPACE_LABELS, SERVICE_ACCOUNT, Labels, k8s, relevant, split
 from ciliate.identity.selectors import Operator, Requirement, Selector
 from ciliate.policy.ask.world import World
 from ciliate.policy.rules import LabelPeer, PolicyObject, ServicePeer
@@ -71,6 +71,7 @@ class Classes:
         self._world = world
         self._selectors = list(selectors)
         self._by_key: dict[str, list[tuple[int, Requirement]]] = {}
+        self._masks: dict[tuple[str, str | None], int] = {}
         self._full = (1 << len(self._selectors)) - 1
         for index, selector in enumerate(self._selectors):
             for one in selector.requirements:
@@ -82,8 +83,11 @@ class Classes:
 
     def signature(self, labels: Labels) -> Signature:
         """Return the class of a pod."""
-        bits = sum(1 << index for index, one in enumerate(self._selectors) if one.matches(labels))
-        return bits & self._full, k8s(CLUSTER, self._world.cluster) in labels
+        values = {key: value for source, key, value in map(split, labels) if source == "k8s"}
+        mask = self._full
+        for key in self._by_key:
+            mask &= self._mask(key, values.get(key))
+        return mask, values.get(CLUSTER) == self._world.cluster
 
     def all(self) -> list[PodClass]:
         """Return a representative of every class that can be. Error: TooManyClassesError."""
@@ -112,11 +116,15 @@ class Classes:
 
     def _mask(self, key: str, value: str | None) -> int:
         """The selectors that a key's value does not rule out."""
+        known = self._masks.get((key, value))
+        if known is not None:
+            return known
         labels = frozenset() if value is None else frozenset({k8s(key, value)})
         mask = self._full
         for index, one in self._by_key.get(key, ()):
             if not one.matches(labels):
                 mask &= ~(1 << index)
+        self._masks[key, value] = mask
         return mask
 
     def _values(self, key: str) -> list[str | None]:

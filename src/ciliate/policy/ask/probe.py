@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Final
 
-from ciliate.identity.numbers import ALLOCATED_MIN, IdentityId
+from ciliate.identity.numbers import ALLOCATED_MIN, IdentityId, Scope
 from ciliate.identity.selectors import Selector
 from ciliate.policy.ask.world import PodFacts, World
 from ciliate.policy.image import Direction
@@ -24,6 +24,9 @@ class Probe:
         wanted = set(world.identities) if identities is None else set(identities)
         known = {n: one for n, one in world.identities.items() if n < ALLOCATED_MIN or n in wanted}
         self._engine = world.engine((), known)
+        self._by_scope: dict[Scope, set[IdentityId]] = {}
+        for number in known:
+            self._by_scope.setdefault(world.scope(number), set()).add(number)
 
     def meets(self, rule: Rule, pod: PodFacts, peer: IdentityId, point: tuple[int, int]) -> bool:
         """Return whether a rule of a policy that selects ``pod`` is about a peer, protocol and port."""
@@ -56,11 +59,16 @@ class Probe:
         image = self._engine.resolve(frozenset())[Direction.EGRESS]
         if image is None:
             return set()
-        return {
-            number
-            for number in self._engine.identities.rows
-            if image.lookup(number, self._world.scope(number), 6, 1) is not None
-        }
+        # of a scope without default rows only the image's own members can have an answer
+        asked: set[IdentityId] = {one for one in image.members if one in self._engine.identities.rows}
+        for scope in image.defaults:
+            asked |= self._by_scope.get(scope, set())
+        return {one for one in asked if image.lookup(one, self._world.scope(one), 6, 1) is not None}
+
+    def selected(self, selector: Selector) -> set[IdentityId]:
+        """Return the identities that a selector means."""
+        index = self._engine.identities
+        return {IdentityId(int(one)) for one in index.members(index.select(selector))}
 
     def _set(self, rule: Rule) -> None:
         subject = Subject(selector=Selector(), rules=(rule,), default_deny=frozenset({rule.direction}))

@@ -297,6 +297,8 @@ def _differences(space: Space, views: tuple[Views, Views]) -> Iterator[dict[str,
             first, second = (view.image(one, direction) for view in views)
             alike.setdefault((id(first), id(second)), []).append(one)
         for members in alike.values():
+            if views[0].image(members[0], direction) == views[1].image(members[0], direction):
+                continue
             known: dict[tuple[object, ...], tuple[int, ...]] = {}
             for peer in peers:
                 different = _differing(views, members[0], peer, direction, known)
