@@ -1,4 +1,4 @@
-"""Writes the generated pages of docs/reference; with ``--check`` writes nothing and exits 1 if one is old."""
+"""Writes the generated pages of docs/reference and the CRDs; with ``--check`` only exits 1 if one is old."""
 
 import re
 import sys
@@ -9,9 +9,12 @@ from typing import Final
 from ciliate.daemon.config import _HELP
 from ciliate.datapath.btf import Btf
 from ciliate.datapath.build import OBJECT
+from ciliate.policy.schema.openapi import files as crd_files
+from ciliate.policy.schema.page import policy_page
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 REFERENCE: Final = ROOT / "docs/reference"
+CRDS: Final = ROOT / "install/crds"
 NOTE: Final = "<!-- written by scripts/reference.py (make docs) -->"
 
 
@@ -68,20 +71,28 @@ def maps() -> Iterator[str]:
             yield f"| `{name.removeprefix('config_')}` | {variable.description} |"
 
 
-PAGES: Final = {"drop-reasons.md": drop_reasons, "agent.md": agent_options, "maps.md": maps}
+PAGES: Final = {"drop-reasons.md": drop_reasons, "agent.md": agent_options, "maps.md": maps, "policy.md": policy_page}
+
+
+def outputs() -> Iterator[tuple[Path, str]]:
+    """Yield every generated file with its text."""
+    for name, page in PAGES.items():
+        yield REFERENCE / name, "\n".join([NOTE, *page(), ""])
+    for name, text in crd_files().items():
+        yield CRDS / name, text
 
 
 def main() -> int:
-    """Write the pages; return the exit code."""
+    """Write the files; return the exit code."""
     old = []
-    for name, page in PAGES.items():
-        path, text = REFERENCE / name, "\n".join([NOTE, *page(), ""])
+    for path, text in outputs():
         if not path.exists() or path.read_text() != text:
-            old.append(name)
+            old.append(path.relative_to(ROOT).as_posix())
             if "--check" not in sys.argv[1:]:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text)
     if old and "--check" in sys.argv[1:]:
-        sys.stderr.write(f"docs/reference: {', '.join(old)}: old, run `make docs`\n")
+        sys.stderr.write(f"{', '.join(old)}: old, run `make docs`\n")
         return 1
     return 0
 

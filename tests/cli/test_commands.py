@@ -216,3 +216,45 @@ def test_validate_fails_when_there_is_no_policy(ciliate):
     done = ciliate("policy", "validate", "-f", "-", stdin="apiVersion: v1\nkind: Namespace\nmetadata: {name: x}\n")
     assert done.returncode == 1
     assert "no policy" in done.stderr
+
+
+WARNED = """
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: warned}
+spec:
+  endpointSelector: {}
+  egress: [{toFQDNs: [], toPorts: [{ports: [{port: "443"}]}]}]
+---
+apiVersion: cilium.io/v2
+kind: CiliumCIDRGroup
+metadata: {name: office}
+spec: {externalCIDRs: [192.0.2.0/24]}
+---
+apiVersion: policy.networking.k8s.io/v1alpha2
+kind: ClusterNetworkPolicy
+metadata: {name: tier}
+spec: {tier: Admin, priority: 1, subject: {namespaces: {}}, ingress: [{action: Deny, from: [{namespaces: {}}]}]}
+"""
+
+
+def test_validate_warns_of_what_is_probably_not_meant(ciliate):
+    done = ciliate("policy", "validate", "-f", "-", stdin=WARNED)
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == [
+        "CiliumNetworkPolicy default/warned: valid (1 rules)",
+        "CiliumCIDRGroup office: valid (0 rules)",
+        "ClusterNetworkPolicy tier: valid (1 rules)",
+    ]
+    assert (
+        "warning: standard input: CiliumNetworkPolicy default/warned: spec.egress[0].toFQDNs: is empty" in done.stderr
+    )
+
+
+def test_validate_names_file_object_and_field_as_json(ciliate):
+    text = WARNED.replace("192.0.2.0/24", "192.0.2.0/240")
+    done = ciliate("policy", "validate", "-f", "-", "-o", "json", stdin=text)
+    assert done.returncode == 1
+    rows = {row["object"]: row for row in json.loads(done.stdout)}
+    assert "spec.externalCIDRs[0]: '192.0.2.0/240' is not a CIDR" in rows["CiliumCIDRGroup office"]["error"]
+    assert len(rows["CiliumNetworkPolicy default/warned"]["warnings"]) == 1

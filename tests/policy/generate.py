@@ -163,6 +163,8 @@ def cilium_specs(draw: st.DrawFn) -> dict[str, Any]:
         deny = section.endswith("Deny")
         side = "from" if section.startswith("ingress") else "to"
         spec[section] = draw(_lists(cilium_rules(side, deny=deny)))
+    if not any(spec[section] for section in sections):
+        spec[min(sections)] = [{}]
     if draw(st.integers(0, 3)) == 0:
         spec["enableDefaultDeny"] = {draw(st.sampled_from(("ingress", "egress"))): draw(st.booleans())}
     return spec

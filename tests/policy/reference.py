@@ -94,10 +94,8 @@ def rules_of(document: Mapping[str, Any], spec: Mapping[str, Any], direction: st
     if native:
         types = spec.get("policyTypes") or (["Ingress"] + (["Egress"] if spec.get("egress") else []))
         return found, direction.capitalize() in types or bool(found)
-    present = any(name in spec for name in (direction, f"{direction}Deny"))
-    wanted = (spec.get("enableDefaultDeny") or {}).get(direction)
-    found = [one for one in found if one["rule"]]
-    return found, present if wanted is None else wanted
+    wanted = (spec.get("enableDefaultDeny") or {}).get(direction, True)
+    return [one for one in found if one["rule"]], bool(found) and wanted
 
 
 # ---- peers --------------------------------------------------------------------------------------------------

@@ -9,26 +9,9 @@ from ciliate.identity.numbers import IdentityId, Reserved
 from ciliate.policy.engine import PolicyEngine
 from ciliate.policy.image import Direction
 from ciliate.policy.l7 import HttpRule
-from ciliate.policy.parse import parse_object, required_networks
-from ciliate.policy.rules import PolicyError
-
-
-def cilium(**spec: Any) -> dict[str, Any]:
-    return {
-        "apiVersion": "cilium.io/v2",
-        "kind": "CiliumNetworkPolicy",
-        "metadata": {"name": "p"},
-        "spec": {"endpointSelector": {}, **spec},
-    }
-
-
-def native(**spec: Any) -> dict[str, Any]:
-    return {
-        "apiVersion": "networking.k8s.io/v1",
-        "kind": "NetworkPolicy",
-        "metadata": {"name": "p", "namespace": "shop"},
-        "spec": {"podSelector": {}, **spec},
-    }
+from ciliate.policy.parse import parse_cidr_group, parse_object, required_networks
+from ciliate.policy.rules import CidrGroup, PolicyError
+from tests.policy.documents import cilium, clusterwide, native, tiered
 
 
 def port(**port: Any) -> list[dict[str, Any]]:
@@ -40,7 +23,7 @@ CASES = [
     (cilium(ingres=[]), "spec: unknown field 'ingres'; did you mean ingress?"),
     (cilium(), "spec: must have at least one of ingress"),
     (
-        cilium(ingress=[{"fromEndpoints": [], "fromCIDR": ["10.0.0.0/8"]}]),
+        cilium(ingress=[{"fromEndpoints": [{}], "fromCIDR": ["10.0.0.0/8"]}]),
         "spec.ingress[0]: fromEndpoints and fromCIDR",
     ),
     (cilium(ingress=[{"fromCIDR": ["10.0.0.0/40"]}]), "spec.ingress[0].fromCIDR[0]: '10.0.0.0/40' is not a CIDR"),
@@ -78,7 +61,10 @@ CASES = [
         cilium(ingressDeny=[{"toPorts": [{"ports": [], "rules": GET}]}]),
         "ingressDeny[0].toPorts[0]: unknown field 'rules'",
     ),
-    (cilium(egress=[{"toFQDNs": [{"matchName": "a.b"}]}]), "spec.egress[0].toFQDNs: is not supported yet"),
+    (
+        cilium(ingressDeny=[{"toFQDNs": [{"matchName": "a.b"}]}]),
+        "spec.ingressDeny[0]: unknown field 'toFQDNs'",
+    ),
     (cilium(ingress=[], enableDefaultDeny={"ingress": "no"}), "spec.enableDefaultDeny.ingress: true or false"),
     (
         cilium(ingress=[], endpointSelector={"matchExpressions": [{"key": "a", "operator": "is"}]}),
@@ -86,8 +72,11 @@ CASES = [
     ),
     (cilium(ingress=[], endpointSelector={"matchLabels": {"a": 1}}), "put quotes around 1"),
     (cilium(ingress=[{"icmps": [{"fields": [{"type": "Nope"}]}]}]), "icmps[0].fields[0].type: 'Nope' is neither"),
-    (native(ingress=[{"from": [{}]}]), "spec.ingress[0].from[0]: one of podSelector, namespaceSelector, ipBlock"),
-    (native(policyTypes=["ingress"]), "spec.policyTypes[0]: 'ingress' is neither Ingress nor Egress"),
+    (
+        native(ingress=[{"from": [{}]}]),
+        "spec.ingress[0].from[0]: must have at least one of podSelector, namespaceSelector, ipBlock",
+    ),
+    (native(policyTypes=["ingress"]), "spec.policyTypes[0]: 'ingress' is none of Ingress, Egress"),
     (native(ingress=[{"ports": [{"port": 0}]}]), "spec.ingress[0].ports[0].port: 0 is not in 1..65535"),
     (native(ingress=[{"ports": [{"port": "80"}]}]), "'80' is not a port name; a number has no quotes"),
     (
@@ -98,6 +87,21 @@ CASES = [
     ({**native(), "apiVersion": "v1"}, "apiVersion: 'v1' is not networking.k8s.io/v1"),
     ({**native(), "spec": ["a"]}, "spec: a mapping is expected, not a list"),
     ({**native(), "metadata": {}}, "metadata.name: must be set"),
+    ({**native(), "metadata": {"name": "A_b"}}, "metadata.name: 'A_b' is not an object's name"),
+    ({**native(), "metadata": {"name": "a" * 254}}, "metadata.name: 'aaaa"),
+    (
+        {**native(), "metadata": {"name": "a", "namespace": "b.c"}},
+        "metadata.namespace: 'b.c' is not a namespace's name",
+    ),
+    ({"kind": ["NetworkPolicy"]}, "file.yaml: kind: a list is none of NetworkPolicy"),
+    ({"kind": "CiliumNetworkPolicy", "metadata": []}, "file.yaml: metadata.name: must be set"),
+    ({**cilium(ingress=[{}]), "spec": None}, "must have at least one of spec, specs"),
+    ({**cilium(ingress=[{}]), "specs": {}}, "specs: a list is expected, not a mapping"),
+    ({**cilium(ingress=[{}]), "Spec": {}}, "unknown field 'Spec'; did you mean spec?"),
+    (cilium(ingress=[{}], log={"value": "x" * 33}), "spec.log.value: 33 characters; at most 32 are allowed"),
+    (cilium(ingress=[{}], log={"value": "a\nb"}), "spec.log.value: only printable characters are allowed"),
+    (cilium(ingress=[{}], labels=[{"value": "x"}]), "spec.labels[0].key: must be set"),
+    (cilium(ingress=[{}], description=["x"]), "spec.description: a string is expected, not a list"),
 ]
 
 
@@ -106,8 +110,97 @@ def test_refused(document: dict[str, Any], message: str) -> None:
     with pytest.raises(PolicyError) as caught:
         parse_object(document, source="file.yaml")
     assert message in str(caught.value)
-    if document.get("kind") in ("CiliumNetworkPolicy", "NetworkPolicy") and document["metadata"].get("name"):
+    if document.get("kind") in ("CiliumNetworkPolicy", "NetworkPolicy") and "metadata" not in message:
         assert str(caught.value).startswith((f"{document['kind']} default/p: ", f"{document['kind']} shop/p: "))
+
+
+def test_names_the_source_when_a_document_is_no_mapping() -> None:
+    with pytest.raises(PolicyError, match=r"^file\.yaml: a mapping with kind and metadata is expected"):
+        parse_object(["a"], source="file.yaml")  # type: ignore[arg-type]
+
+
+def test_long_values_are_cut_in_messages() -> None:
+    with pytest.raises(PolicyError) as caught:
+        parse_object(cilium(ingress=[{"fromEntities": ["x" * 100_000]}]))
+    assert len(str(caught.value)) < 500
+
+
+UNKNOWN = [
+    (cilium(ingres=[], ingress=[{}]), "spec: unknown field 'ingres'; did you mean ingress?"),
+    (cilium(ingress=[{"fromEntities": ["all"], "toPort": []}]), "spec.ingress[0]: unknown field 'toPort'"),
+    (native(ingress=[{"form": []}]), "spec.ingress[0]: unknown field 'form'; did you mean from?"),
+    (tiered(ingress=[], egres=[]), "spec: unknown field 'egres'; did you mean egress?"),
+    (clusterwide(ingress=[{}], x=1), "spec: unknown field 'x' (known: description"),
+    (cilium(ingress=[{}], **{"y" * 1000: 1}), "unknown field 'yyyy"),
+]
+
+
+@pytest.mark.parametrize(("document", "message"), UNKNOWN, ids=[message[:50] for _, message in UNKNOWN])
+def test_an_unknown_field_is_an_error_in_files_and_a_warning_in_the_api(document: dict[str, Any], message: str) -> None:
+    with pytest.raises(PolicyError) as caught:
+        parse_object(document)
+    assert message in str(caught.value)
+    (warning,) = parse_object(document, strict=False).warnings
+    assert message in warning
+    assert warning.startswith(document["kind"])
+
+
+def test_every_unknown_field_has_its_warning() -> None:
+    policy = parse_object(
+        cilium(a=1, ingress=[{"b": 1, "toPorts": [{"ports": [{"port": "1", "c": 2}]}]}]), strict=False
+    )
+    assert len(policy.warnings) == 3
+
+
+def test_specs_are_subjects_whose_rules_are_numbered_through() -> None:
+    one = {"endpointSelector": {}, "ingress": [{"fromEntities": ["world"]}], "log": {"value": "one"}}
+    two = {"endpointSelector": {}, "ingress": [{"fromEntities": ["host"]}], "log": {"value": "two"}}
+    policy = parse_object({**cilium(), "spec": one, "specs": [two, two]})
+    assert [rule.ref.index for subject in policy.subjects for rule in subject.rules] == [0, 1, 2]
+    assert [subject.log for subject in policy.subjects] == ["one", "two", "two"]
+    assert policy.log == "one"
+
+
+def test_a_namespace_does_not_count_when_the_kind_is_of_the_cluster() -> None:
+    document = clusterwide(ingress=[{}])
+    document["metadata"]["namespace"] = "shop"
+    policy = parse_object(document)
+    assert policy.key == ("CiliumClusterwideNetworkPolicy", "", "p")
+    assert "metadata.namespace" in policy.warnings[0]
+
+
+def group(**spec: Any) -> dict[str, Any]:
+    metadata = {"name": "g", "labels": {"role": "partner"}}
+    return {"apiVersion": "cilium.io/v2", "kind": "CiliumCIDRGroup", "metadata": metadata, "spec": spec}
+
+
+@pytest.mark.parametrize("version", ["cilium.io/v2", "cilium.io/v2alpha1"])
+def test_a_cidr_group(version: str) -> None:
+    found = parse_cidr_group({**group(externalCIDRs=["10.1.2.3/8", "2001:db8::/32"]), "apiVersion": version})
+    assert (found.name, found.labels) == ("g", frozenset({"cidrgroup:role=partner"}))
+    assert [str(one) for one in found.networks] == ["10.0.0.0/8", "2001:db8::/32"]
+
+
+def test_an_empty_cidr_group_has_no_addresses() -> None:
+    assert parse_cidr_group(group(externalCIDRs=[])) == CidrGroup(
+        name="g", labels=frozenset({"cidrgroup:role=partner"}), networks=()
+    )
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        (group(), "CiliumCIDRGroup g: spec.externalCIDRs: must be set"),
+        (group(externalCIDRs=["10.0.0.0/33"]), "spec.externalCIDRs[0]: '10.0.0.0/33' is not a CIDR"),
+        (group(externalCIDRs=[], cidrs=[]), "spec: unknown field 'cidrs'"),
+        ({**group(externalCIDRs=[]), "apiVersion": "v1"}, "apiVersion: 'v1' is not cilium.io/v2"),
+        (cilium(), "file.yaml: kind: 'CiliumNetworkPolicy' is none of CiliumCIDRGroup"),
+    ],
+)
+def test_a_cidr_group_is_refused(document: dict[str, Any], message: str) -> None:
+    with pytest.raises(PolicyError) as caught:
+        parse_cidr_group(document, source="file.yaml")
+    assert message in str(caught.value)
 
 
 def test_the_networks_that_need_an_identity() -> None:

@@ -92,6 +92,8 @@ def policy_validate(
     if output is Output.json:
         emit_json(rows)
     for row in rows:
+        for text in row["warnings"]:
+            print(f"ciliate: warning: {text}", file=sys.stderr)
         if output is Output.table and not row["error"]:
             print(f"{row['object']}: valid ({cell(row['rules'])} rules)")
         elif row["error"]:

@@ -29,13 +29,13 @@ from ciliate.kvstore.nodes import Nodes
 from ciliate.kvstore.store import FileStore
 from ciliate.node.model import Node
 from ciliate.policy.engine import PolicyEngine
-from ciliate.policy.parse import parse_object
+from ciliate.policy.parse import API_VERSIONS, parse_object
 from ciliate.policy.rules import PolicyError, PolicyObject
 from ciliate.proxy.api import AccessLogEntry
 from ciliate.proxy.client import ProxyClient, ProxyRequestError, ProxyUnavailableError
 
 log = structlog.get_logger()
-POLICY_KINDS = frozenset({"NetworkPolicy", "CiliumNetworkPolicy", "CiliumClusterwideNetworkPolicy"})
+POLICY_KINDS = frozenset(API_VERSIONS)
 Key = tuple[str, str, str]
 
 

@@ -10,8 +10,9 @@ import watchfiles
 import yaml
 
 _SUFFIXES: Final = frozenset({".yaml", ".yml", ".json"})
-_CLUSTER_WIDE: Final = frozenset({"Namespace", "Node", "CiliumClusterwideNetworkPolicy", "CiliumNode"})
-_LOADER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_CLUSTER_WIDE: Final = frozenset(
+    {"Namespace", "Node", "CiliumClusterwideNetworkPolicy", "ClusterNetworkPolicy", "CiliumCIDRGroup", "CiliumNode"}
+)
 Raw = Mapping[str, Any]
 
 
@@ -102,14 +103,31 @@ def _read(path: Path, stamp: tuple[int, int, int], known: _File | None) -> _File
         return _File(stamp, known.objects if known else {}, str(error))
 
 
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """A field that is there twice is an error: YAML would let the last one win, and a rule would be lost unseen."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in getattr(node, "value", ()):
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if (key.tag, key.value) in seen:
+                    mark = key.start_mark
+                    raise yaml.YAMLError(f"line {mark.line + 1}: the field {key.value!r} is there twice")
+                seen.add((key.tag, key.value))
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
 def parse_documents(text: str, source: str) -> Iterator[tuple[ObjectKey, Raw]]:
     """Yield the objects of a YAML or JSON text; a ``List`` stands for its items. Error: ManifestError."""
     try:
         if source.endswith(".json"):
             documents = [msgspec.json.decode(text)]
         else:
-            documents = [one for one in yaml.load_all(text, Loader=_LOADER) if one is not None]
-    except (yaml.YAMLError, msgspec.MsgspecError) as error:
+            documents = [one for one in yaml.load_all(text, Loader=_Loader) if one is not None]
+    except RecursionError as error:
+        raise ManifestError(f"{source}: it is nested too deeply") from error
+    except (yaml.YAMLError, msgspec.MsgspecError, ValueError) as error:  # ValueError: a date that is none
         raise ManifestError(f"{source}: {' '.join(str(error).split())}") from error
     for number, document in enumerate(documents, 1):
         yield from _objects(document, f"{source}: document {number}")

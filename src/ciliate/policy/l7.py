@@ -18,7 +18,10 @@ class L7Protocol(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class HeaderMatch:
-    """A header and its value, given or in a secret. ``mismatch``: what happens else, LOG, ADD, DELETE, REPLACE; "" denies."""
+    """A header and its value, given or in a secret; without either it must be present.
+
+    ``mismatch``: what happens else, LOG, ADD, DELETE, REPLACE; "" denies.
+    """
 
     name: str
     value: str | None = None
@@ -73,12 +76,16 @@ class TlsContext:
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class Listener:
-    """A listener of a CiliumEnvoyConfig or of the clusterwide kind. ``priority``: 1 (first) to 100; 0: not given."""
+    """A listener of a CiliumEnvoyConfig or of the clusterwide kind. ``priority``: 1 (first) to 100; 0: not given.
+
+    ``namespace``: of the CiliumEnvoyConfig; empty for the clusterwide kind.
+    """
 
     kind: str
     config: str
     name: str
     priority: int = 0
+    namespace: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,12 @@ from ciliate.identity.selectors import Selector
 from ciliate.policy.image import Direction, RuleRef
 from ciliate.policy.l7 import L7
 
-PROTOCOLS: Mapping[str, int] = {"TCP": 6, "UDP": 17, "SCTP": 132, "ICMP": 1, "ICMPV6": 58}
+PROTOCOLS: Mapping[str, int] = {
+    "TCP": 6, "UDP": 17, "SCTP": 132, "ICMP": 1, "ICMPV6": 58,
+    "VRRP": 112, "IGMP": 2, "GRE": 47, "IPIP": 4, "IPV6": 41, "ESP": 50, "AH": 51,
+}  # fmt: skip
+PORTLESS = frozenset({112, 2, 47, 4, 41, 50, 51})
+"""Protocols that a rule can name, but which have no ports."""
 ANY_PROTOCOLS = (6, 17, 132)
 """What protocol ANY means for ports."""
 
@@ -141,13 +146,14 @@ class Rule:
 class Subject:
     """One spec: whom it selects, what it says, in which directions it imposes default deny.
 
-    ``nodes``: ``selector`` is about nodes (their host endpoint), not about pods.
+    ``nodes``: ``selector`` is about nodes (their host endpoint), not about pods. ``log``: this spec's ``log.value``.
     """
 
     selector: Selector
     rules: tuple[Rule, ...]
     default_deny: frozenset[Direction]
     nodes: bool = False
+    log: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +167,7 @@ class PolicyObject:
     labels: Labels = frozenset()
     """The policy's own labels, ``source:key=value``."""
     log: str = ""
-    """Text that every verdict of this policy carries (``log.value``)."""
+    """Text that every verdict of this policy carries: the first ``log.value`` of its specs."""
     warnings: tuple[str, ...] = ()
     """What was accepted though it probably is not meant, with object and field."""
 
