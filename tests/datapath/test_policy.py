@@ -15,6 +15,7 @@ from ciliate.datapath.model import Answer, PolicyModel
 from ciliate.datapath.policy import DENY_POLICY, Desired
 from ciliate.datapath.rule_ids import RuleIds
 from ciliate.identity.numbers import ALLOCATED_MIN, IdentityId, Scope, scope_of
+from ciliate.identity.selectors import IdentityChange
 from ciliate.policy.image import (
     ClassRows,
     Direction,
@@ -351,6 +352,75 @@ def test_nothing_is_removed_before_all_sources_reported(btf: Btf) -> None:
     kernel.policy.collect()
     assert kernel.endpoints.policies() == before
     assert kernel.sizes()["identities"] == 1
+
+
+def test_identities_come_and_go_as_a_change(btf: Btf) -> None:
+    kernel = Kernel(btf, identities=3)
+
+    def known() -> set[int]:
+        return set(kernel.tables["identities"].dump()[0].tolist())
+
+    first = kernel.policy.apply({}, [IdentityId(n) for n in (1, 300, 301)], complete=True)
+    assert known() == {300, 301} and not first.identities_over
+    kernel.policy.apply(
+        {}, IdentityChange(added=(IdentityId(302), IdentityId(2)), removed=(IdentityId(300),)), complete=True
+    )
+    assert known() == {301, 302}
+    over = kernel.policy.apply({}, IdentityChange(added=(IdentityId(303), IdentityId(304))), complete=True)
+    assert known() == {301, 302, 303} and over.identities_over == 1
+    again = kernel.policy.apply({}, IdentityChange(removed=(IdentityId(301),)), complete=True)
+    assert known() == {302, 303, 304} and not again.identities_over
+    before = kernel.writes()
+    kernel.policy.apply({}, IdentityChange(added=(IdentityId(304),), removed=(IdentityId(999),)), complete=True)
+    assert kernel.writes() == before
+
+
+def test_what_was_written_before_an_error_is_known_afterwards(btf: Btf) -> None:
+    """The kernel refuses a write, whichever: the next attempt makes everything right, and leaves nothing behind."""
+    new = {EndpointId(1): (image({300: DNS, 301: WEB}), image({300: DNS}))}
+    for stop in range(1, 30):
+        kernel = Kernel(btf)
+        kernel.endpoints.upsert(endpoint_row(1))
+        kernel.policy.apply({EndpointId(1): (None, image({300: WEB, 302: WEB}))}, [IdentityId(302)], complete=True)
+        left = [stop]
+
+        def refuse(left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] == 0:
+                raise OSError("the kernel says no")
+
+        kernel.observe(refuse)
+        try:
+            kernel.policy.apply(new, [IdentityId(300)], complete=True)
+        except OSError:
+            failed = True
+        else:
+            failed = False
+        kernel.observe(lambda: None)
+        kernel.policy.apply(new, [IdentityId(300)], complete=True)
+        check_now(kernel, new, {IdentityId(300)})
+        kernel.policy.collect()
+        check_now(kernel, new, {IdentityId(300)})
+        used = {name: rows for name, (rows, _) in kernel.policy.usage().items() if rows}
+        assert used == {name: rows for name, rows in kernel.sizes().items() if name in used}
+        if not failed:
+            break
+    assert stop > 8
+
+
+def test_what_has_not_changed_is_not_looked_at(btf: Btf) -> None:
+    kernel = Kernel(btf)
+    for number in (1, 2):
+        kernel.endpoints.upsert(endpoint_row(number))
+    pairs = {EndpointId(n): (None, image({300 + n: WEB})) for n in (1, 2)}
+    kernel.policy.apply(pairs, [], complete=True)
+    before = kernel.writes()
+    kernel.policy.apply(dict(pairs), [], complete=True)
+    assert kernel.writes() == before
+    # But an endpoint whose policies are not what was written is.
+    kernel.endpoints.set_policy(EndpointId(1), 7, 7)
+    kernel.policy.apply(dict(pairs), [], complete=True)
+    check_now(kernel, pairs, set())
 
 
 def test_crash_while_building_beside_leaves_garbage_that_is_collected(btf: Btf, tmp_path: Path) -> None:

@@ -23,12 +23,11 @@ from ciliate.daemon.ipcache import IpTable, changed
 from ciliate.datapath.endpoints import EndpointId
 from ciliate.datapath.ipcache import IpcacheRow
 from ciliate.datapath.node import Datapath
-from ciliate.datapath.policy import Desired, PolicyReport
+from ciliate.datapath.policy import Desired, Known, PolicyReport
 from ciliate.identity.labels import Network, cidr_labels
 from ciliate.policy.engine import PolicyEngine
 from ciliate.policy.image import RuleRef, RuleSet
 from ciliate.policy.l7 import HttpRule, L7Protocol
-from ciliate.policy.parse import required_networks
 from ciliate.policy.rules import PolicyObject
 from ciliate.proxy.api import HttpRuleSpec, RulesetSpec
 from ciliate.proxy.client import ProxyClient, ProxyRequestError, ProxyUnavailableError
@@ -73,6 +72,8 @@ class Enforcement:
         self._written: dict[Any, IpcacheRow] = {}
         self._pruned = False
         self._proxied: dict[int, RulesetSpec] = {}
+        self._version = -1
+        """Version of the identities that the datapath has; -1: what it has is not known."""
         self._asked = 0
         self._done = 0
         self._wake = asyncio.Event()
@@ -123,7 +124,7 @@ class Enforcement:
         began = time.perf_counter()
         objects = self._objects
         outcome = Pass(revision=number)
-        networks = required_networks(objects.values())
+        networks = {*self.engine.required_networks(), *self.engine.required_networks(self._changed(objects))}
         fresh = self._cidrs.acquire(networks)
         for network, identity in self._cidrs.numbers.items():
             self.engine.identities.add(identity, cidr_labels(network), network)
@@ -132,6 +133,7 @@ class Enforcement:
         self.table.cidrs = dict(self._cidrs.numbers)
         await self._sync_ipcache()
         self._update_engine(objects)
+        networks = set(self.engine.required_networks())
         desired = self._resolve()
         wanted = _specs(self._datapath.policy.rulesets_of(desired))
         await self._prepare_proxy(self._proxied | wanted, outcome)
@@ -139,18 +141,22 @@ class Enforcement:
         if self.complete:
             await self._prepare_proxy(wanted, outcome, prune=True)
             await self._forget_cidrs(set(self._cidrs.numbers) - networks)
+        outcome.problems += self.engine.problems()
         outcome.took = time.perf_counter() - began
         return outcome
+
+    def _changed(self, objects: Mapping[Key, PolicyObject]) -> list[PolicyObject]:
+        known = {one.key: one for one in self.engine.objects()}
+        return [one for key, one in objects.items() if known.get(key) is not one]
 
     def _update_engine(self, objects: Mapping[Key, PolicyObject]) -> None:
         for key in [one.key for one in self.engine.objects() if one.key not in objects]:
             self.engine.remove_object(key)
-        known = {one.key: one for one in self.engine.objects()}
-        for key, one in objects.items():
-            if known.get(key) != one:
-                self.engine.set_object(one)
+        for one in self._changed(objects):
+            self.engine.set_object(one)
 
     def _resolve(self) -> Desired:
+        self.engine.retain(one.label_set for one in self._endpoints)
         return {
             EndpointId(one.id): self.engine.resolve(one.label_set, frozenset(one.named_ports))
             for one in self._endpoints
@@ -159,10 +165,16 @@ class Enforcement:
 
     async def _apply(self, outcome: Pass, desired: Desired | None = None) -> None:
         images = self._resolve() if desired is None else desired
-        known = [row.id for row in self.engine.identities.rows.values()]
+        index = self.engine.identities
+        version = index.version
+        known: Known | None = index.changes(self._version) if self._version >= 0 else None
+        if known is None:
+            known = list(index.rows)
         report: PolicyReport = await asyncio.to_thread(
             self._datapath.apply_policy, images, known, complete=self.complete
         )
+        if self.complete:  # before that, what went is left in place: it has to be named again
+            self._version = version
         outcome.epoch, outcome.rows_written = report.epoch, outcome.rows_written + report.rows_written
         outcome.problems += [str(alarm) for alarm in report.alarms if str(alarm) not in outcome.problems]
         if report.identities_over:

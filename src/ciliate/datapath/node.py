@@ -30,9 +30,8 @@ from ciliate.datapath.listeners import Listeners
 from ciliate.datapath.maps import Map, joined
 from ciliate.datapath.netlink import LinkState, Netlink, Network
 from ciliate.datapath.object import BpfObject, ConfigValue, LoadError
-from ciliate.datapath.policy import Desired, PolicyMaps, PolicyReport
+from ciliate.datapath.policy import Desired, Known, PolicyMaps, PolicyReport
 from ciliate.datapath.rule_ids import RuleIds
-from ciliate.identity.numbers import IdentityId
 
 SCHEMA: Final = "v1"
 """The layouts' version, SCHEMA_VERSION in bpf/lib/maps.h; part of the pins' path."""
@@ -258,7 +257,7 @@ class Datapath:
 
     # ---- state ------------------------------------------------------------------------------------------------
 
-    def apply_policy(self, desired: Desired, identities: Collection[IdentityId], *, complete: bool) -> PolicyReport:
+    def apply_policy(self, desired: Desired, identities: Known, *, complete: bool) -> PolicyReport:
         """See ``PolicyMaps.apply``. ``housekeeping`` frees what it leaves behind."""
         with self._policy_lock:
             return self.policy.apply(desired, identities, complete=complete)

@@ -3,36 +3,40 @@
 How the maps are read: docs/adr/0003-policy-in-classes.md. What this module keeps:
 
 * Rows of a class never change; classes are shared by content. A class's content is its rows with rule ids and rule
-set ids in them. * A policy's content is its default rule, its default and unknown classes by scope, and its members'
+  set ids in them.
+* A policy's content is its default rule, its default and unknown classes by scope, and its members'
 classes. Equal contents are one policy id. * If all users of a policy id move to one new content, and that differs in
 the members alone or in the policy row alone, it is changed in
   place: each write concerns one identity, or is the policy row. Everything else is built beside and the endpoints
   are repointed.
+* What has not changed is not looked at: an endpoint whose images are the same objects as before keeps its policies.
 * What nobody uses any more stays until ``collect``, which first waits until no program can still be reading it.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from ciliate.datapath.endpoints import NO_POLICY, EndpointId, Endpoints, Epoch
 from ciliate.datapath.maps import Array, Table, joined
-from ciliate.datapath.rule_ids import RuleIds, ruleset_names
+from ciliate.datapath.policy_contents import EMPTY, Classes, Content, Numbers, content, is_in, rulesets_in, runs
+from ciliate.datapath.rule_ids import RuleIds, RulesetNumbers
 from ciliate.identity.numbers import ALLOCATED_MIN, IdentityId, Scope
-from ciliate.policy.image import ClassRows, Direction, PolicyImage, RowVerdict, RuleRef, RuleSet
+from ciliate.identity.selectors import IdentityChange
+from ciliate.policy.image import Direction, PolicyImage, RuleRef, RuleSet
 
-Numbers = npt.NDArray[np.uint32]
-Desired = Mapping[EndpointId, tuple[PolicyImage | None, PolicyImage | None]]
+Pair = tuple[PolicyImage | None, PolicyImage | None]
+Desired = Mapping[EndpointId, Pair]
 """(egress, ingress) by endpoint; None: no policy selects it in that direction."""
+Known = Collection[IdentityId] | IdentityChange
+"""All identities that the agent knows, or those that came and went since the last ``apply`` that succeeded."""
 
 DENY_POLICY: Final = 1
 """Policy id that denies everything: for an endpoint whose policy does not fit."""
 CAPACITY_RULE: Final = (RuleRef(kind="Default", namespace="", name="capacity", section="default", index=-1),)
 _SCOPES: Final = len(Scope)
-_EMPTY: Final = np.zeros(0, np.uint32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,49 +67,13 @@ class PolicyReport:
     """Identities that did not fit the identities map: they are treated as unknown."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Content:
-    default_rule: int
-    defaults: tuple[int, ...]
-    unknown: tuple[int, ...]
-    identities: Numbers
-    classes: Numbers
-    key: tuple[Any, ...]
-
-    @property
-    def row_key(self) -> tuple[Any, ...]:
-        """All but the members."""
-        return self.key[:3]
-
-    def class_ids(self) -> set[int]:
-        """The classes that it refers to."""
-        return ({*self.defaults, *self.unknown} | set(np.unique(self.classes).tolist())) - {0}
-
-
-def _content(
-    default_rule: int, defaults: Iterable[int], unknown: Iterable[int], ids: Numbers, cls: Numbers
-) -> _Content:
-    order = np.argsort(ids, kind="stable")
-    ids, cls = ids[order], cls[order]
-    one, two = tuple(defaults), tuple(unknown)
-    return _Content(default_rule, one, two, ids, cls, (default_rule, one, two, ids.tobytes(), cls.tobytes()))
-
-
-@dataclass(slots=True)
-class _Class:
-    id: int
-    keys: Array
-    values: Array
-    written: bool = False
-
-
 @dataclass(slots=True)
 class _Plan:
-    """What one ``apply`` is going to write."""
+    """What one ``apply`` is going to write. ``assigned``: the endpoints that are looked at, no others."""
 
     assigned: dict[EndpointId, tuple[int, int]] = field(default_factory=dict)
-    fresh: dict[int, _Content] = field(default_factory=dict)
-    in_place: dict[int, _Content] = field(default_factory=dict)
+    fresh: dict[int, Content] = field(default_factory=dict)
+    in_place: dict[int, Content] = field(default_factory=dict)
     alarms: list[CapacityAlarm] = field(default_factory=list)
 
 
@@ -127,16 +95,6 @@ class PolicyMaps:
         self._policies, self._members = tables["policies"], tables["policy_classes"]
         self._rows, self._identities = tables["policy_rows"], tables["identities"]
         self._endpoints, self._epoch, self._ids, self._grace = endpoints, epoch, ids, grace
-        self._classes: dict[int, _Class] = {}
-        self._class_ids: dict[bytes, int] = {}
-        self._contents: dict[int, _Content] = {}
-        self._policy_ids: dict[tuple[Any, ...], int] = {}
-        self._next_class = 1
-        self._next_policy = DENY_POLICY + 1
-        self._known: set[int] = set()
-        self._cache: dict[int, tuple[PolicyImage, _Content]] = {}
-        self._rulesets: dict[int, RuleSet] = {}
-        self._orphans: Array = np.zeros(0, self._members.key_dtype)
         self._restore()
         self._write_deny_policy()
 
@@ -144,141 +102,114 @@ class PolicyMaps:
 
     def _restore(self) -> None:
         """Take over what the maps hold; what is incomplete (a crash while building beside) becomes garbage."""
+        self._classes = Classes(self._rows.key_dtype, self._rows.value_dtype, self._ids)
+        self._rulesets = RulesetNumbers(self._ids)
+        self._contents: dict[int, Content] = {}
+        self._policy_ids: dict[tuple[Any, ...], int] = {}
+        self._member_count = 0
+        self._over: set[int] = set()
+        self._cache: dict[int, tuple[PolicyImage, Content]] = {}
+        self._used_rulesets: dict[int, tuple[PolicyImage, tuple[RuleSet, ...]]] = {}
+        self._settled: dict[EndpointId, tuple[Pair, tuple[int, int]]] = {}
         keys, values = self._rows.dump()
-        order = np.lexsort((keys["port"], keys["protocol"], keys["prefixlen"], keys["class"]))
-        keys, values = keys[order], values[order]
-        for number, (start, end) in _runs(keys["class"]).items():
-            self._add_class(_Class(number, keys[start:end].copy(), values[start:end].copy(), written=True))
+        self._classes.take_over(keys, values)
         if len(values):
             self._ids.reserve(int(values["rule"].max()), int(values["l7"].max()))
-        self._next_class = max(self._classes, default=0) + 1
         self._restore_policies()
         known, _ = self._identities.dump()
-        self._known = set(known.tolist())
+        self._known: set[int] = set(known.tolist())
 
     def _restore_policies(self) -> None:
         keys, values = self._members.dump()
         order = np.argsort(keys["policy"], kind="stable")
         keys, values = keys[order], values[order]
-        runs = _runs(keys["policy"])
-        numbers = list(runs)
+        members = dict(runs(keys["policy"]))
+        numbers = list(members)
         policies, rows = self._policies.dump()
         for number, row in zip(policies.tolist(), rows, strict=True):
-            start, end = runs.pop(number, (0, 0))
-            content = _content(
+            start, end = members.pop(number, (0, 0))
+            one = content(
                 int(row["default_rule"]),
                 row["classes"].tolist(),
                 row["unknown"].tolist(),
                 keys["identity"][start:end].astype(np.uint32),
                 values[start:end].astype(np.uint32),
             )
-            self._ids.reserve(content.default_rule, 0)
-            self._contents[number] = content
-            self._policy_ids.setdefault(content.key, number)
-        self._next_policy = max([DENY_POLICY, *policies.tolist(), *numbers]) + 1
-        self._orphans = joined(self._members.key_dtype, [keys[a:b] for a, b in runs.values()])
-
-    def _write_deny_policy(self) -> None:
-        content = _content(self._ids.rule(CAPACITY_RULE), (0,) * _SCOPES, (0,) * _SCOPES, _EMPTY, _EMPTY)
-        have = self._contents.get(DENY_POLICY)
-        if have is None or have.key != content.key:
-            self._ids.save()
-            self._write_policy_row(DENY_POLICY, content)
-        self._contents[DENY_POLICY] = content
+            self._ids.reserve(one.default_rule, 0)
+            self._contents[number] = one
+            self._member_count += len(one.identities)
+            self._policy_ids.setdefault(one.key, number)
+        self._next_policy: int = max([DENY_POLICY, *policies.tolist(), *numbers]) + 1
+        self._orphans = joined(self._members.key_dtype, [keys[a:b] for a, b in members.values()])
         self._policy_ids = {key: number for key, number in self._policy_ids.items() if number != DENY_POLICY}
 
-    def _add_class(self, one: _Class) -> None:
-        self._classes[one.id] = one
-        self._class_ids.setdefault(_class_key(one.keys, one.values), one.id)
+    def _write_deny_policy(self) -> None:
+        one = content(self._ids.rule(CAPACITY_RULE), (0,) * _SCOPES, (0,) * _SCOPES, EMPTY, EMPTY)
+        have = self._contents.get(DENY_POLICY)
+        if have is None or have.key != one.key:
+            self._ids.save()
+            self._write_policy_rows({DENY_POLICY: one})
+        self._contents[DENY_POLICY] = one
 
     # ---- from images to contents ------------------------------------------------------------------------------
 
-    def _encode_class(self, rows: ClassRows, rulesets: Mapping[int, int]) -> tuple[Array, Array]:
-        keys = np.zeros(len(rows), self._rows.key_dtype)
-        values = np.zeros(len(rows), self._rows.value_dtype)
-        for index, row in enumerate(rows):
-            if (row.verdict is RowVerdict.REDIRECT) != (row.ruleset is not None):
-                raise ValueError(f"a redirect and only a redirect has a rule set: {row}")
-            key = row.key
-            length = 32 if key.protocol == 0 else 48 + key.bits
-            port = key.port >> (16 - key.bits) << (16 - key.bits) if key.bits else 0
-            keys["prefixlen"][index] = length
-            keys["protocol"][index] = key.protocol
-            keys["port"][index] = port
-            values["verdict"][index] = row.verdict
-            values["l7"][index] = rulesets[id(row.ruleset)] if row.ruleset is not None else 0
-            values["rule"][index] = self._ids.rule(row.rules)
-        order = np.lexsort((keys["port"], keys["protocol"], keys["prefixlen"]))
-        return keys[order], values[order]
+    def _touched(self, desired: Desired, *, everything: bool) -> Desired:
+        """The endpoints whose images, or whose policies in the kernel, are not those of the last time."""
+        if everything:
+            return desired
+        current = self._endpoints.policies()
+        touched = {}
+        for endpoint, pair in desired.items():
+            before, assigned = self._settled.get(endpoint, ((None, None), None))
+            same = before is pair or (before[0] is pair[0] and before[1] is pair[1])
+            if not same or assigned is None or assigned != current.get(endpoint):
+                touched[endpoint] = pair
+        return touched
 
-    def _class_id(self, rows: ClassRows, rulesets: Mapping[int, int]) -> int:
-        if not rows:
-            return 0
-        keys, values = self._encode_class(rows, rulesets)
-        content = _class_key(keys, values)
-        number = self._class_ids.get(content)
-        if number is None:
-            number = self._next_class
-            self._next_class += 1
-            keys["class"] = number
-            self._add_class(_Class(number, keys, values))
-        return number
-
-    def _resolve(self, desired: Desired) -> dict[int, _Content]:
-        """Return ``id(image)`` -> content for every image; new classes get numbers, nothing is written."""
-        images = {id(image): image for pair in desired.values() for image in pair if image is not None}
-        found = {n: self._cache[n][1] for n, image in images.items() if n in self._cache and self._cache[n][0] is image}
-        numbers, named = self._number_rulesets(images.values())
-        moved = named.keys() != self._rulesets.keys()
-        self._rulesets = named
-        if moved:
-            found = {}  # a rule set may have another number now: look at every class again
-        classes: dict[int, int] = {}
-        for number, image in images.items():
-            if number not in found:
-                for one in _class_rows(image):
-                    if id(one) not in classes:
-                        classes[id(one)] = self._class_id(one, numbers)
-                found[number] = self._image_content(image, classes)
-        return found
-
-    def _number_rulesets(self, images: Iterable[PolicyImage]) -> tuple[dict[int, int], dict[int, RuleSet]]:
-        """Return ``id(ruleset)`` -> number, and number -> rule set, of all rows of the images."""
-        rows = {id(rows): rows for image in images for rows in _class_rows(image)}
-        rulesets = {id(r.ruleset): r.ruleset for one in rows.values() for r in one if r.ruleset is not None}
-        names = ruleset_names(rulesets.values())
-        numbers = {n: self._ids.ruleset(names[n]) for n in rulesets}
-        return numbers, {numbers[n]: one for n, one in rulesets.items()}
+    def _use_rulesets(self, images: Mapping[int, PolicyImage]) -> bool:
+        """Number the rule sets of all images; return whether one in use has another number now."""
+        used = self._used_rulesets
+        changed = False
+        for key in used.keys() - images.keys():
+            changed |= bool(used.pop(key)[1])
+        for key, image in images.items():
+            before = used.get(key)
+            if before is None or before[0] is not image:
+                used[key] = image, rulesets_in(image)
+                changed |= bool(used[key][1]) or (before is not None and bool(before[1]))
+        return changed and self._rulesets.use(one for _, found in used.values() for one in found)
 
     def rulesets_of(self, desired: Desired) -> Mapping[int, RuleSet]:
         """Return the rule sets that ``apply(desired)`` will redirect to, by id: the proxy must have them before."""
-        images = {id(image): image for pair in desired.values() for image in pair if image is not None}
-        return self._number_rulesets(images.values())[1]
-
-    def _image_content(self, image: PolicyImage, classes: Mapping[int, int]) -> _Content:
-        def by_scope(table: Mapping[Scope, ClassRows]) -> list[int]:
-            return [classes[id(table[s])] if s in table else 0 for s in Scope]
-
-        count = len(image.members)
-        ids = np.fromiter(image.members, np.uint32, count)
-        cls = np.fromiter((classes[id(rows)] for rows in image.members.values()), np.uint32, count)
-        return _content(
-            self._ids.rule(image.default_rules),
-            by_scope(image.defaults),
-            by_scope(image.unknown),
-            ids[cls != 0],
-            cls[cls != 0],
+        images = _images(desired)
+        numbers = RulesetNumbers(self._ids)
+        used = self._used_rulesets
+        numbers.use(
+            one
+            for key, image in images.items()
+            for one in (used[key][1] if key in used and used[key][0] is image else rulesets_in(image))
         )
+        return numbers.by_number
+
+    def _resolve(self, desired: Desired) -> dict[int, Content]:
+        """Return ``id(image)`` -> content for every image; new classes get numbers, nothing is written."""
+        found = {}
+        for pair in desired.values():
+            for image in pair:
+                if image is None or id(image) in found:
+                    continue
+                known = self._cache.get(id(image))
+                one = known[1] if known is not None and known[0] is image else None
+                found[id(image)] = one or self._classes.image(image, self._rulesets)
+        return found
 
     # ---- the plan ---------------------------------------------------------------------------------------------
 
-    def _make_plan(self, desired: Desired, contents: Mapping[int, _Content], *, complete: bool) -> _Plan:
+    def _make_plan(self, desired: Desired, contents: Mapping[int, Content]) -> _Plan:
         plan = _Plan()
         current = self._endpoints.policies()
-        if not complete:
-            plan.assigned = {e: pair for e, pair in current.items() if e not in desired}
         wanted = {contents[id(i)].key for pair in desired.values() for i in pair if i is not None}
-        users = _users(current)
+        users = _users(current) if desired else {}
         budget = _Budget(self)
         chosen: dict[tuple[Any, ...], int | CapacityAlarm] = {}
         movers: dict[tuple[Any, ...], set[tuple[EndpointId, int]]] = {}
@@ -317,7 +248,7 @@ class PolicyMaps:
 
     def _choose(
         self,
-        content: _Content,
+        content: Content,
         candidates: Iterable[int],
         wanted: Collection[tuple[Any, ...]],
         budget: "_Budget",
@@ -345,97 +276,134 @@ class PolicyMaps:
 
     # ---- apply ------------------------------------------------------------------------------------------------
 
-    def apply(self, desired: Desired, identities: Collection[IdentityId], *, complete: bool) -> PolicyReport:
-        """Make the datapath enforce ``desired``; ``identities`` are those the agent knows (256 and up).
+    def apply(self, desired: Desired, identities: Known, *, complete: bool) -> PolicyReport:
+        """Make the datapath enforce ``desired``; ``identities`` are those the agent knows (256 and up), or a change.
 
         ``complete``: every source has reported, so endpoints and identities that are not named are gone; else they
         are left as they are. Policies that do not fit turn into deny with an alarm; nothing is written partly.
         Errors: MapError (the kernel refused: every state written so far is still the old policy or the new one),
         ValueError (an image that breaks its contract).
         """
-        contents = self._resolve(desired)
-        plan = self._make_plan(desired, contents, complete=complete)
+        try:
+            return self._apply(desired, identities, complete=complete)
+        except OSError:
+            self._restore()  # what was written is what the maps say
+            raise
+
+    def _apply(self, desired: Desired, identities: Known, *, complete: bool) -> PolicyReport:
+        images = _images(desired)
+        moved = self._use_rulesets(images)
+        if moved:
+            self._cache.clear()
+            self._classes.renumbered()
+        touched = self._touched(desired, everything=moved)
+        contents = self._resolve(touched)
+        plan = self._make_plan(touched, contents)
         if plan.alarms and self._has_garbage():
             self.collect()
-            contents = self._resolve(desired)
-            plan = self._make_plan(desired, contents, complete=complete)
+            contents = self._resolve(touched)
+            plan = self._make_plan(touched, contents)
         self._ids.save()
-        wanted: set[int] = {i for i in identities if i >= ALLOCATED_MIN}
+        gone, fresh = self._identity_change(identities, complete=complete)
         written = self._write_classes(plan)
-        written += self._forget_identities(self._known - wanted if complete else set())
+        written += self._forget_identities(gone)
         written += self._write_policies(plan)
         for endpoint, (egress, ingress) in plan.assigned.items():
             written += self._endpoints.set_policy(endpoint, egress, ingress)
-        for endpoint in self._endpoints.policies().keys() - plan.assigned.keys() if complete else ():
+        for endpoint in self._endpoints.policies().keys() - desired.keys() if complete else ():
             self._endpoints.forget_policy(endpoint)
-        over, added = self._learn_identities(wanted - self._known)
+        added = self._learn_identities(fresh)
         written += added
-        self._cache = self._new_cache(desired, contents)
-        self._drop_unwritten()
+        self._settle(desired, images, plan, contents)
+        self._classes.drop_unwritten()
         return PolicyReport(
             epoch=self._epoch.bump() if written else self._epoch.value,
             rows_written=written,
             alarms=tuple(plan.alarms),
-            identities_over=over,
+            identities_over=len(self._over),
         )
+
+    def _settle(
+        self, desired: Desired, images: Mapping[int, PolicyImage], plan: _Plan, contents: Mapping[int, Content]
+    ) -> None:
+        """Remember what was done: endpoints without an alarm need not be looked at again."""
+        alarmed = {one.endpoint for one in plan.alarms}
+        for endpoint in self._settled.keys() - desired.keys():
+            del self._settled[endpoint]
+        for endpoint, assigned in plan.assigned.items():
+            if endpoint in alarmed:
+                self._settled.pop(endpoint, None)
+            else:
+                self._settled[endpoint] = desired[endpoint], assigned
+        for key, one in contents.items():
+            if one.key in self._policy_ids:
+                self._cache[key] = images[key], one
+        for key in self._cache.keys() - images.keys():
+            del self._cache[key]
+
+    def _identity_change(self, identities: Known, *, complete: bool) -> tuple[set[int], set[int]]:
+        """Return (gone, fresh): what is known but should not be, and the other way round."""
+        if isinstance(identities, IdentityChange):
+            gone = self._known.intersection(identities.removed)
+            self._over.difference_update(identities.removed)
+            fresh = {i for i in identities.added if i >= ALLOCATED_MIN} | self._over
+            return gone, fresh - self._known
+        wanted: set[int] = {i for i in identities if i >= ALLOCATED_MIN}
+        return self._known - wanted if complete else set(), wanted - self._known
 
     def _write_classes(self, plan: _Plan) -> int:
         contents = [*plan.fresh.values(), *plan.in_place.values()]
-        needed = {number for content in contents for number in content.class_ids()}
-        fresh = [self._classes[n] for n in sorted(needed) if not self._classes[n].written]
+        fresh = self._classes.written({number for one in contents for number in one.class_ids()})
         if not fresh:
             return 0
         keys = joined(self._rows.key_dtype, [c.keys for c in fresh])
-        values = joined(self._rows.value_dtype, [c.values for c in fresh])
-        self._rows.update(keys, values)
-        for one in fresh:
-            one.written = True
+        self._rows.update(keys, joined(self._rows.value_dtype, [c.values for c in fresh]))
         return len(keys)
 
     def _write_policies(self, plan: _Plan) -> int:
-        written = 0
-        for policy, content in plan.fresh.items():
-            written += self._write_members(policy, content.identities, content.classes)
-            self._write_policy_row(policy, content)
-            self._remember(policy, content)
-        for policy, content in plan.in_place.items():
+        """Each write concerns one identity of one policy, or is a policy row: in any order, none is half a change."""
+        updates, deletions = [], []
+        rows = dict(plan.fresh)
+        for policy, one in plan.fresh.items():
+            updates.append((self._member_keys(policy, one.identities), one.classes))
+        for policy, one in plan.in_place.items():
             old = self._contents[policy]
-            if old.row_key != content.row_key:
-                self._write_policy_row(policy, content)
+            if old.row_key != one.row_key:
+                rows[policy] = one
             else:
-                written += self._change_members(policy, old, content)
-            if self._policy_ids.get(old.key) == policy:
-                del self._policy_ids[old.key]
-            self._remember(policy, content)
+                moved, gone = _member_change(old, one)
+                updates.append((self._member_keys(policy, one.identities[moved]), one.classes[moved]))
+                deletions.append(self._member_keys(policy, gone))
+        keys = joined(self._members.key_dtype, [one for one, _ in updates])
+        values = np.concatenate([EMPTY, *(one for _, one in updates)]).astype(self._members.value_dtype)
+        self._members.update(keys, values)
+        written = len(keys) + self._members.delete_many(joined(self._members.key_dtype, deletions))
+        self._write_policy_rows(rows)
+        for policy, one in (*plan.fresh.items(), *plan.in_place.items()):
+            self._remember(policy, one)
         return written + len(plan.fresh) + len(plan.in_place)
 
-    def _remember(self, policy: int, content: _Content) -> None:
-        self._contents[policy] = content
-        self._policy_ids[content.key] = policy
+    def _remember(self, policy: int, one: Content) -> None:
+        old = self._contents.get(policy)
+        if old is not None:
+            self._member_count -= len(old.identities)
+            if self._policy_ids.get(old.key) == policy:
+                del self._policy_ids[old.key]
+        self._contents[policy] = one
+        self._member_count += len(one.identities)
+        self._policy_ids[one.key] = policy
 
-    def _write_policy_row(self, policy: int, content: _Content) -> None:
-        value = {"default_rule": content.default_rule, "classes": content.defaults, "unknown": content.unknown}
-        self._policies.set(policy, value)
+    def _write_policy_rows(self, rows: Mapping[int, Content]) -> None:
+        values = np.zeros(len(rows), self._policies.value_dtype)
+        for index, one in enumerate(rows.values()):
+            values["default_rule"][index] = one.default_rule
+            values["classes"][index], values["unknown"][index] = one.defaults, one.unknown
+        self._policies.update(np.array(list(rows), self._policies.key_dtype), values)
 
     def _member_keys(self, policy: int, identities: Numbers) -> Array:
         keys = np.zeros(len(identities), self._members.key_dtype)
         keys["policy"], keys["identity"] = policy, identities
         return keys
-
-    def _write_members(self, policy: int, identities: Numbers, classes: Numbers) -> int:
-        self._members.update(self._member_keys(policy, identities), classes.astype(self._members.value_dtype))
-        return len(identities)
-
-    def _change_members(self, policy: int, old: _Content, new: _Content) -> int:
-        """Each write moves one identity from its old class to its new one."""
-        place = np.searchsorted(old.identities, new.identities)
-        inside = place < len(old.identities)
-        same = np.zeros(len(new.identities), np.bool_)
-        at = place[inside]
-        same[inside] = (old.identities[at] == new.identities[inside]) & (old.classes[at] == new.classes[inside])
-        gone = old.identities[~np.isin(old.identities, new.identities, assume_unique=True)]
-        written = self._write_members(policy, new.identities[~same], new.classes[~same])
-        return written + self._members.delete_many(self._member_keys(policy, gone))
 
     def _forget_identities(self, gone: set[int]) -> int:
         if gone:
@@ -443,36 +411,24 @@ class PolicyMaps:
             self._known -= gone
         return len(gone)
 
-    def _learn_identities(self, fresh: set[int]) -> tuple[int, int]:
-        """Return (how many did not fit, how many were written)."""
+    def _learn_identities(self, fresh: set[int]) -> int:
+        """Write those that fit, lowest first; return how many. The others stay unknown, and are tried again."""
         room = max(0, self._identities.max_entries - len(self._known))
         fit = sorted(fresh)[:room]
-        keys = np.array(fit, self._identities.key_dtype)
-        self._identities.update(keys, np.ones(len(fit), self._identities.value_dtype))
-        self._known.update(fit)
-        return len(fresh) - len(fit), len(fit)
-
-    def _new_cache(self, desired: Desired, contents: Mapping[int, _Content]) -> dict[int, tuple[PolicyImage, _Content]]:
-        return {
-            id(image): (image, contents[id(image)])
-            for pair in desired.values()
-            for image in pair
-            if image is not None and contents[id(image)].key in self._policy_ids
-        }
-
-    def _drop_unwritten(self) -> None:
-        """Classes of policies that did not fit were numbered, never written."""
-        for number in [n for n, one in self._classes.items() if not one.written]:
-            one = self._classes.pop(number)
-            self._class_ids.pop(_class_key(one.keys, one.values), None)
+        self._over = fresh.difference(fit)
+        if fit:
+            keys = np.array(fit, self._identities.key_dtype)
+            self._identities.update(keys, np.ones(len(fit), self._identities.value_dtype))
+            self._known.update(fit)
+        return len(fit)
 
     # ---- afterwards -------------------------------------------------------------------------------------------
 
     def _garbage(self) -> tuple[set[int], set[int]]:
         used = {p for pair in self._endpoints.policies().values() for p in pair} | {DENY_POLICY}
         policies = self._contents.keys() - used
-        live = {n for p, content in self._contents.items() if p not in policies for n in content.class_ids()}
-        return set(policies), set(self._classes.keys() - live)
+        live = {n for p, one in self._contents.items() if p not in policies for n in one.class_ids()}
+        return set(policies), set(self._classes.by_id.keys() - live)
 
     def _has_garbage(self) -> bool:
         policies, classes = self._garbage()
@@ -488,23 +444,22 @@ class PolicyMaps:
         self._grace()
         freed = len(policies)
         self._policies.delete_many(np.array(sorted(policies), self._policies.key_dtype))
-        for policy in policies:
-            content = self._contents.pop(policy)
-            freed += self._members.delete_many(self._member_keys(policy, content.identities))
-            if self._policy_ids.get(content.key) == policy:
-                del self._policy_ids[content.key]
-        freed += self._members.delete_many(self._orphans)
+        members = [self._orphans]
+        for policy in sorted(policies):
+            one = self._contents.pop(policy)
+            self._member_count -= len(one.identities)
+            members.append(self._member_keys(policy, one.identities))
+            if self._policy_ids.get(one.key) == policy:
+                del self._policy_ids[one.key]
+        freed += self._members.delete_many(joined(self._members.key_dtype, members))
         self._orphans = self._orphans[:0]
-        for number in classes:
-            one = self._classes.pop(number)
-            freed += self._rows.delete_many(one.keys)
-            key = _class_key(one.keys, one.values)
-            if self._class_ids.get(key) == number:
-                del self._class_ids[key]
+        gone = self._classes.drop(classes)
+        freed += self._rows.delete_many(joined(self._rows.key_dtype, [one.keys for one in gone]))
         self._cache = {n: (i, c) for n, (i, c) in self._cache.items() if c.key in self._policy_ids}
-        rules = {int(r) for one in self._classes.values() for r in one.values["rule"]}
-        rules |= {content.default_rule for content in self._contents.values()}
-        self._ids.collect(rules, self._rulesets)
+        self._classes.keep_rows(image for image, _ in self._cache.values())
+        rules = {int(r) for one in self._classes.by_id.values() for r in one.values["rule"]}
+        rules |= {one.default_rule for one in self._contents.values()}
+        self._ids.collect(rules, self._rulesets.by_number)
         self._ids.save()
         return freed
 
@@ -513,7 +468,7 @@ class PolicyMaps:
     @property
     def rulesets(self) -> Mapping[int, RuleSet]:
         """Rule sets of the images applied last, by id: what the proxy must enforce."""
-        return self._rulesets
+        return self._rulesets.by_number
 
     def explain(self, rule: int) -> tuple[RuleRef, ...]:
         """Return the rules behind a rule id, the deciding one first."""
@@ -523,36 +478,30 @@ class PolicyMaps:
         """Return (rows used, rows that fit) of each map, garbage included."""
         return {
             self._policies.name: (len(self._contents), self._policies.max_entries),
-            self._members.name: (self._member_count(), self._members.max_entries),
-            self._rows.name: (self._row_count(), self._rows.max_entries),
+            self._members.name: (self._member_count + len(self._orphans), self._members.max_entries),
+            self._rows.name: (self._classes.rows_written, self._rows.max_entries),
             self._identities.name: (len(self._known), self._identities.max_entries),
         }
-
-    def _member_count(self) -> int:
-        return sum(len(content.identities) for content in self._contents.values()) + len(self._orphans)
-
-    def _row_count(self) -> int:
-        return sum(len(one.keys) for one in self._classes.values() if one.written)
 
 
 class _Budget:
     """Rows still free while a plan is made."""
 
     def __init__(self, maps: PolicyMaps) -> None:
-        self._classes = maps._classes
+        self._unwritten = maps._classes.unwritten
         self._free = {name: total - used for name, (used, total) in maps.usage().items()}
         self._names = (maps._policies.name, maps._members.name, maps._rows.name)
         self._counted: set[int] = set()
 
-    def take(self, content: _Content, old: _Content | None) -> CapacityAlarm | None:
+    def take(self, wanted: Content, old: Content | None) -> CapacityAlarm | None:
         """Take room for a content (``old``: what it replaces in place); return an alarm, and take nothing, if it
         does not fit.
         """
-        fresh = {n for n in content.class_ids() - self._counted if not self._classes[n].written}
-        added = content.identities
+        fresh = {n for n in wanted.class_ids() - self._counted if n in self._unwritten}
+        added = wanted.identities
         if old is not None:
-            added = added[~np.isin(added, old.identities, assume_unique=True)]
-        needs = (0 if old else 1, len(added), sum(len(self._classes[n].keys) for n in fresh))
+            added = added[~is_in(added, old.identities)]
+        needs = (0 if old else 1, len(added), sum(len(self._unwritten[n].keys) for n in fresh))
         for name, needed in zip(self._names, needs, strict=True):
             if needed > self._free[name]:
                 return CapacityAlarm(
@@ -564,17 +513,16 @@ class _Budget:
         return None
 
 
-def _class_rows(image: PolicyImage) -> Iterator[ClassRows]:
-    yield from image.defaults.values()
-    yield from image.unknown.values()
-    yield from image.members.values()
+def _member_change(old: Content, new: Content) -> tuple[Array, Numbers]:
+    """Return (which members of ``new`` to write, which identities to delete): each moves one identity."""
+    moved = ~is_in(new.identities, old.identities)
+    both = new.identities[~moved]
+    moved[~moved] = old.classes[np.searchsorted(old.identities, both)] != new.classes[~moved]
+    return moved, old.identities[~is_in(old.identities, new.identities)]
 
 
-def _class_key(keys: Array, values: Array) -> bytes:
-    """What a class says, without its number."""
-    anonymous = keys.copy()
-    anonymous["class"] = 0
-    return anonymous.tobytes() + values.tobytes()
+def _images(desired: Desired) -> dict[int, PolicyImage]:
+    return {id(image): image for pair in desired.values() for image in pair if image is not None}
 
 
 def _users(current: Mapping[EndpointId, tuple[int, int]]) -> dict[int, set[tuple[EndpointId, int]]]:
@@ -583,10 +531,3 @@ def _users(current: Mapping[EndpointId, tuple[int, int]]) -> dict[int, set[tuple
         for direction, policy in enumerate(pair):
             users.setdefault(policy, set()).add((endpoint, direction))
     return users
-
-
-def _runs(column: Array) -> dict[int, tuple[int, int]]:
-    """Return value -> (start, end) of each run of a sorted column."""
-    numbers, starts = np.unique(column, return_index=True)
-    ends = [*starts.tolist()[1:], len(column)]
-    return dict(zip(numbers.tolist(), zip(starts.tolist(), ends[: len(numbers)], strict=True), strict=True))

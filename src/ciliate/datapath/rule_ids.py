@@ -16,11 +16,14 @@ _SPARE = 4096
 """So many rules nobody uses any more stay explainable, for conntrack rows that still name them."""
 
 
+_StoredRule = tuple[int, list[tuple[str, str, str, str, int]]]
+
+
 class _File(msgspec.Struct):
     version: int = 1
     next_rule: int = 1
     next_ruleset: int = 1
-    rules: list[tuple[int, list[tuple[str, str, str, str, int]]]] = []
+    rules: list[msgspec.Raw] = []
     rulesets: dict[str, int] = {}
 
 
@@ -33,6 +36,7 @@ class RuleIds:
         self._rules: dict[tuple[RuleRef, ...], int] = {}
         self._by_id: dict[int, tuple[RuleRef, ...]] = {}
         self._rulesets: dict[str, int] = {}
+        self._stored: dict[int, msgspec.Raw] = {}
         self._next_rule = self._next_ruleset = 1
         self._dirty = False
         if path is not None and path.is_file():
@@ -41,10 +45,11 @@ class RuleIds:
     def _read(self, path: Path) -> None:
         try:
             file = msgspec.json.decode(path.read_bytes(), type=_File)
+            rules = [msgspec.json.decode(one, type=_StoredRule) for one in file.rules]
         except msgspec.MsgspecError:
             path.replace(path.with_suffix(".bad"))
             return
-        for number, refs in file.rules:
+        for number, refs in rules:
             rule = tuple(RuleRef(kind=k, namespace=n, name=m, section=s, index=i) for k, n, m, s, i in refs)
             self._rules[rule] = number
             self._by_id[number] = rule
@@ -89,6 +94,7 @@ class RuleIds:
         spare = sorted(number for number in self._by_id if number not in rules)[:-_SPARE]
         for number in spare:
             del self._rules[self._by_id.pop(number)]
+            self._stored.pop(number, None)
         gone = [name for name, number in self._rulesets.items() if number not in rulesets]
         if len(gone) > _SPARE:
             for name in gone:
@@ -102,10 +108,7 @@ class RuleIds:
         file = _File(
             next_rule=self._next_rule,
             next_ruleset=self._next_ruleset,
-            rules=[
-                (number, [(r.kind, r.namespace, r.name, r.section, r.index) for r in refs])
-                for number, refs in self._by_id.items()
-            ],
+            rules=[self._stored.get(number) or self._store(number, refs) for number, refs in self._by_id.items()],
             rulesets=self._rulesets,
         )
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,22 +117,60 @@ class RuleIds:
         fresh.replace(self._path)
         self._dirty = False
 
+    def _store(self, number: int, refs: tuple[RuleRef, ...]) -> msgspec.Raw:
+        """Encode a rule once: with thousands of them, a change is few."""
+        listed = [(one.kind, one.namespace, one.name, one.section, one.index) for one in refs]
+        stored = self._stored[number] = msgspec.Raw(msgspec.json.encode((number, listed)))
+        return stored
+
+
+class RulesetNumbers:
+    """Numbers of the rule sets in use. ``by_number``: what the proxy must enforce."""
+
+    def __init__(self, ids: RuleIds) -> None:
+        self.by_number: dict[int, RuleSet] = {}
+        self._ids = ids
+        self._known: dict[int, tuple[RuleSet, str]] = {}
+        self._numbers: dict[int, int] = {}
+
+    def use(self, rulesets: Iterable[RuleSet]) -> bool:
+        """Make these the rule sets in use; return whether one that was in use has another number now."""
+        listed = {id(one): one for one in rulesets}
+        if listed.keys() == self._known.keys():
+            return False
+        known = {key: self._known.get(key) or (one, ruleset_content(one)) for key, one in listed.items()}
+        names = _names(known)
+        numbers = {key: self._ids.ruleset(name) for key, name in names.items()}
+        moved = any(numbers.get(key, number) != number for key, number in self._numbers.items())
+        self._known, self._numbers = known, numbers
+        self.by_number = {number: listed[key] for key, number in numbers.items()}
+        return moved
+
+    def number(self, ruleset: RuleSet) -> int:
+        """Return the number of a rule set in use."""
+        return self._numbers[id(ruleset)]
+
 
 def ruleset_content(ruleset: RuleSet) -> str:
     """Return a short name of what a rule set says."""
-    return hashlib.sha256(repr((ruleset.protocol, ruleset.rules, ruleset.allow_all)).encode()).hexdigest()[:16]
+    said = (
+        ruleset.protocol,
+        ruleset.rules,
+        ruleset.allow_all,
+        ruleset.server_names,
+        ruleset.terminating,
+        ruleset.originating,
+        ruleset.listener,
+    )
+    return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
 
 
-def ruleset_names(rulesets: Iterable[RuleSet]) -> Mapping[int, str]:
-    """Return ``id(ruleset)`` -> its lasting name: provenance, and content only where one provenance has several
-    contents.
-    """
-    listed = {id(r): r for r in rulesets}
+def _names(known: Mapping[int, tuple[RuleSet, str]]) -> dict[int, str]:
+    """Lasting names: provenance, and content only where one provenance has several contents."""
     contents: dict[str, set[str]] = {}
-    for one in listed.values():
-        contents.setdefault(one.provenance, set()).add(ruleset_content(one))
-    names = {}
-    for number, one in listed.items():
-        alone = one.provenance and len(contents[one.provenance]) == 1
-        names[number] = one.provenance if alone else f"{one.provenance}#{ruleset_content(one)}"
-    return names
+    for ruleset, content in known.values():
+        contents.setdefault(ruleset.provenance, set()).add(content)
+    return {
+        key: one.provenance if one.provenance and len(contents[one.provenance]) == 1 else f"{one.provenance}#{content}"
+        for key, (one, content) in known.items()
+    }

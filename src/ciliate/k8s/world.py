@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,7 +10,7 @@ from ciliate.identity.labels import Labels, k8s, pod_labels
 from ciliate.k8s.manifests import ManifestError, ObjectKey, Raw, parse_documents
 from ciliate.k8s.objects import PROTOCOLS, Namespace, ObjectError, namespace_of, parse_namespace, parse_pod
 from ciliate.policy.ask.world import AskError, NodeFacts, PodFacts, World
-from ciliate.policy.parse import API_VERSIONS, parse_object
+from ciliate.policy.parse import API_VERSIONS, CIDR_GROUP_KIND, parse_cidr_group, parse_object
 from ciliate.policy.rules import CidrGroup, PolicyError, PolicyObject, ServiceFacts
 
 SUFFIXES: Final = (".yaml", ".yml", ".json")
@@ -123,8 +123,9 @@ def _learn(found: Sources, key: ObjectKey, raw: Raw, cluster: str) -> None:
             found.nodes[key.name] = node_facts(key, raw)
         case "Service":
             found.services[key.namespace, key.name] = service_facts(key, raw)
-        case "CiliumCIDRGroup":
-            found.groups[key.name] = cidr_group(key, raw)
+        case kind if kind == CIDR_GROUP_KIND:
+            group = parse_cidr_group(raw)
+            found.groups[group.name] = group
         case kind if kind in WORKLOADS:
             if not raw["metadata"].get("ownerReferences"):
                 _learn_workload(found, key, raw, cluster)
@@ -248,16 +249,3 @@ def service_facts(key: ObjectKey, raw: Raw) -> ServiceFacts:
         labels=frozenset(k8s(name, value) for name, value in labels.items()),
         selector=dict(selector),
     )
-
-
-def cidr_group(key: ObjectKey, raw: Raw) -> CidrGroup:
-    """Return a CiliumCIDRGroup. Error: ObjectError."""
-    spec, labels = raw.get("spec") or {}, raw["metadata"].get("labels") or {}
-    found: list[IPv4Network | IPv6Network] = []
-    for index, one in enumerate(spec.get("externalCIDRs") or ()):
-        try:
-            found.append(ip_network(one, strict=False))
-        except ValueError as error:
-            raise ObjectError(f"CiliumCIDRGroup {key.name}: spec.externalCIDRs[{index}]: {error}") from error
-    name = key.name
-    return CidrGroup(name=name, labels=frozenset(k8s(k, str(v)) for k, v in labels.items()), networks=tuple(found))

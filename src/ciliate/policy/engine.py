@@ -1,64 +1,140 @@
 """From policy objects and identities to policy images: what the datapath enforces for an endpoint.
 
-Endpoints that the same policies select, with the same named ports where these matter, share one image. An image's
-defaults are the rules that mean whole scopes; only identities with other rules are members. See
-docs/adr/0003-policy-in-classes.md.
+Endpoints that the same policies select, with the same named ports where these matter, share one image. Everything is
+kept up to date: a policy touches the endpoints that it selects or selected, an identity the images whose rules may
+mean it. See docs/adr/0003-policy-in-classes.md and docs/adr/0010-policy-kept-up-to-date.md.
 """
 
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Final
 
-from ciliate.identity.labels import Labels
-from ciliate.identity.numbers import IdentityId, Reserved, Scope
-from ciliate.identity.selectors import IdentityIndex
-from ciliate.policy.flatten import ANY, Entry, differing, flatten
-from ciliate.policy.image import ClassRows, Direction, PolicyImage, RuleRef
-from ciliate.policy.peers import EVERYBODY, Meant, PeerResolver
-from ciliate.policy.rules import Action, PolicyObject, PortSpec, Rule, Subject
+from ciliate.identity.labels import Labels, Network, reserved_labels
+from ciliate.identity.numbers import IdentityId
+from ciliate.identity.selectors import IdentityIndex, LabelSets, NamedPorts, Watch, positions_of, selector_watch
+from ciliate.policy.image import Direction, PolicyImage
+from ciliate.policy.peers import PeerResolver
+from ciliate.policy.resolved import AppliedRule, Resolved, RowsCache, Selected
+from ciliate.policy.rules import CidrGroup, PolicyObject, Rule, ServiceFacts, Subject, Tier
 
 Key = tuple[str, str, str]
-NamedPorts = frozenset[tuple[str, int, int]]
-"""(name, protocol number, port)."""
-ALLOW_HOST: Final = RuleRef(kind="Default", namespace="", name="allow-host", section="", index=-1)
-ALLOW_ALL: Final = RuleRef(kind="Default", namespace="", name="allow-all", section="", index=-1)
 INIT: Final[Key] = ("Default", "", "init")
 """Imposes default deny on a pod whose labels are not known yet."""
 INIT_LABEL: Final = "reserved:init"
-HOST: Final = IdentityId(Reserved.HOST)
+Pair = tuple[PolicyImage | None, PolicyImage | None]
+"""(egress, ingress)."""
 _CACHED: Final = 4096
+_ROWS: Final = 1 << 16
+_VARIANTS: Final = 64
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Selected:
-    """A subject that selects an endpoint, with its object."""
+class _Subject:
+    """A subject in force. ``place`` orders subjects as their objects are ordered."""
 
-    key: Key
-    subject: Subject
+    __slots__ = ("_before", "imposes", "key", "place", "rules", "subject", "watch")
+
+    def __init__(self, key: Key, place: int, subject: Subject, before: Mapping[Rule, AppliedRule]) -> None:
+        """``before``: rules of the object that this one replaces; those that are the same go on."""
+        self.key, self.place, self.subject, self._before = key, place, subject, before
+        self.watch: Watch | None = None
+        ordered = subject.rules and all(rule.tier is not Tier.NORMAL for rule in subject.rules)
+        self.imposes = frozenset[Direction]() if ordered else subject.default_deny
+        self.rules: tuple[AppliedRule, ...] | None = None
+
+    def applied(self) -> tuple[AppliedRule, ...]:
+        """Its rules, in the form that images are made of."""
+        if self.rules is None:
+            self.rules = tuple(self._before.get(rule) or AppliedRule(rule) for rule in self.subject.rules)
+            self._before = {}
+        return self.rules
 
 
-@dataclass(frozen=True, slots=True)
-class _Applied:
-    """A rule's entries with whom they are for; ``named``: entries for identities that have the port's name."""
+class _Endpoint:
+    """A label set that endpoints have, with the subjects that select it and the images made for it."""
 
-    entries: tuple[Entry, ...]
-    named: tuple[tuple[str, Entry], ...]
-    meant: Meant
+    __slots__ = ("images", "labels", "moved", "ordered", "pairs", "subjects")
+
+    def __init__(self, labels: Labels) -> None:
+        self.labels = labels
+        self.subjects: dict[_Subject, None] = {}
+        self.ordered: tuple[_Subject, ...] = ()
+        self.moved = True
+        self.images: dict[tuple[Direction, NamedPorts], Resolved | None] = {}
+        self.pairs: dict[NamedPorts, tuple[Resolved | None, Resolved | None, Pair]] = {}
+
+
+class _Selection:
+    """Which subjects select which label sets: of pods, or of nodes."""
+
+    def __init__(self) -> None:
+        self._sets = LabelSets()
+        self._endpoints: dict[int, _Endpoint] = {}
+        self._by_labels: dict[Labels, _Endpoint] = {}
+
+    def endpoint(self, labels: Labels) -> _Endpoint | None:
+        """Return a label set that is followed already."""
+        return self._by_labels.get(labels)
+
+    def follow(self, labels: Labels) -> _Endpoint:
+        """Begin to follow a label set."""
+        one = self._by_labels[labels] = _Endpoint(labels)
+        self._sets.add(labels, lambda position: self._endpoints.setdefault(position, one))
+        return one
+
+    def drop(self, labels: Labels) -> _Endpoint:
+        """Stop following a label set; return it."""
+        del self._by_labels[labels]
+        return self._endpoints.pop(self._sets.remove(labels))
+
+    def all(self) -> list[_Endpoint]:
+        """Return what is followed."""
+        return list(self._endpoints.values())
+
+    def add(self, subject: _Subject) -> None:
+        """Put a subject in force."""
+
+        def changed(position: int) -> None:
+            self._select(subject, position, watch.bitmap >> position & 1)
+
+        watch = subject.watch = selector_watch(subject.subject.selector, changed)
+        self._sets.watch(watch)
+        for position in positions_of(watch.bitmap).tolist():
+            self._select(subject, position, 1)
+
+    def remove(self, subject: _Subject) -> None:
+        """Take a subject out of force."""
+        assert subject.watch is not None
+        for position in positions_of(subject.watch.bitmap).tolist():
+            self._select(subject, position, 0)
+        self._sets.unwatch(subject.watch)
+
+    def _select(self, subject: _Subject, position: int, selected: int) -> None:
+        one = self._endpoints[position]
+        if selected:
+            one.subjects[subject] = None
+        else:
+            one.subjects.pop(subject, None)
+        one.moved = True
+
+    def stored(self) -> int:
+        """Return how much is kept."""
+        return len(self._endpoints) + self._sets.stored()
 
 
 class PolicyEngine:
     """All policies of the cluster, and the identities they are about."""
 
     def __init__(self, *, cluster: str = "default", cluster_id: int = 0) -> None:
-        self.identities = IdentityIndex()
-        self._peers = PeerResolver(self.identities, cluster=cluster, cluster_id=cluster_id)
+        self.identities = IdentityIndex(cluster_id)
+        for number, labels in reserved_labels().items():
+            self.identities.add(number, labels)
+        self._peers = PeerResolver(self.identities, cluster=cluster)
         self._objects: dict[Key, PolicyObject] = {}
-        self._named: dict[IdentityId, NamedPorts] = {}
-        self._selected: dict[Labels, tuple[_Selected, ...]] = {}
-        self._images: dict[tuple[object, ...], PolicyImage | None] = {}
-        self._version = (-1, 0)
-        self._changes = 0
+        self._subjects: dict[Key, tuple[_Subject, ...]] = {}
+        self._pods, self._nodes = _Selection(), _Selection()
+        self._resolved: dict[tuple[object, ...], Resolved] = {}
+        self._rows: RowsCache = {}
+        self._unused = False
+        self._generation = 0
 
     # ---- input ------------------------------------------------------------------------------------------------
 
@@ -68,188 +144,198 @@ class PolicyEngine:
 
     def set_object(self, one: PolicyObject) -> None:
         """Add a policy, or replace the one of that name."""
-        self._objects[one.key] = one
-        self._forget()
+        old = self._objects.get(one.key)
+        if old == one:
+            self._objects[one.key] = one
+            return
+        self._count(one, 1)
+        before = self._subjects.get(one.key, ())
+        kept = dict.fromkeys(a for a, b in zip(before, one.subjects, strict=False) if a.subject == b)
+        places = {subject.place: subject for subject in kept}
+        applied = {rule.rule: rule for subject in before for rule in subject.rules or ()}
+        now = tuple(
+            places.get(place) or _Subject(one.key, place, each, applied) for place, each in enumerate(one.subjects)
+        )
+        self._objects[one.key], self._subjects[one.key] = one, now
+        for subject in now:
+            if subject not in kept:
+                self._of(subject).add(subject)
+        for subject in before:
+            if subject not in kept:
+                self._of(subject).remove(subject)
+        if old is not None:
+            self._count(old, -1)
 
     def remove_object(self, key: Key) -> None:
         """Remove a policy; one that is not there is fine."""
-        if self._objects.pop(key, None) is not None:
-            self._forget()
+        old = self._objects.pop(key, None)
+        if old is None:
+            return
+        for subject in self._subjects.pop(key):
+            self._of(subject).remove(subject)
+        self._count(old, -1)
 
     def set_named_ports(self, identity: IdentityId, ports: NamedPorts) -> None:
-        """Say which named ports the pods of an identity have."""
-        if self._named.get(identity, frozenset()) != ports:
-            self._named[identity] = ports
-            self._changes += 1
+        """Say which named ports the pods of an identity have: all numbers that any of them gives to a name."""
+        self.identities.set_ports(identity, ports)
 
-    def _forget(self) -> None:
-        self._selected = {}
-        self._changes += 1
+    def set_cidr_group(self, group: CidrGroup) -> None:
+        """Add a CiliumCIDRGroup, or replace the one of that name."""
+        self._peers.set_cidr_group(group.name, group)
+
+    def remove_cidr_group(self, name: str) -> None:
+        """Remove a CiliumCIDRGroup; one that is not there is fine."""
+        self._peers.set_cidr_group(name, None)
+
+    def set_service(self, service: ServiceFacts) -> None:
+        """Say what policies need of a Service."""
+        self._peers.set_service((service.namespace, service.name), service)
+
+    def remove_service(self, namespace: str, name: str) -> None:
+        """Forget a Service; one that is not there is fine."""
+        self._peers.set_service((namespace, name), None)
+
+    def retain(self, labels: Iterable[Labels]) -> None:
+        """Forget endpoints with other labels than these: without it they are followed until there are thousands."""
+        kept = set(labels)
+        for one in self._pods.all():
+            if one.labels not in kept:
+                self._drop_images(self._pods.drop(one.labels))
+        self._sweep()
+
+    def _of(self, subject: _Subject) -> _Selection:
+        return self._nodes if subject.subject.nodes else self._pods
+
+    def _count(self, one: PolicyObject, by: int) -> None:
+        for subject in one.subjects:
+            for rule in subject.rules:
+                self._peers.count(rule.peers or (), by)
 
     # ---- output -----------------------------------------------------------------------------------------------
 
-    def resolve(self, labels: Labels, ports: NamedPorts = frozenset()) -> tuple[PolicyImage | None, PolicyImage | None]:
-        """Return the (egress, ingress) images of an endpoint; None: no policy selects it, everything is allowed."""
-        version = (self.identities.version, self._changes)
-        if version != self._version or len(self._images) > _CACHED:
-            self._version, self._images = version, {}
-        selected = self._selecting(labels)
-        forced = INIT_LABEL in labels
-        return (
-            self._image(Direction.EGRESS, selected, frozenset(), forced=forced),
-            self._image(Direction.INGRESS, selected, ports, forced=forced),
-        )
+    def resolve(self, labels: Labels, ports: NamedPorts = frozenset()) -> Pair:
+        """Return the (egress, ingress) images of an endpoint; None: no policy selects it, everything is allowed.
+
+        An image, and the pair, is the same object until it says something else.
+        """
+        return self._pair(self._pods, labels, ports, node=False)
+
+    def resolve_host(self, labels: Labels) -> Pair:
+        """Return the (egress, ingress) images of the node itself. ``labels``: the node's, and ``reserved:host``."""
+        return self._pair(self._nodes, labels, frozenset(), node=True)
 
     def selecting(self, labels: Labels) -> list[Key]:
         """Return the policies that select an endpoint."""
-        return sorted({one.key for one in self._selecting(labels)})
+        return sorted({one.key for one in self._ordered(self._followed(self._pods, labels))})
 
-    def _selecting(self, labels: Labels) -> tuple[_Selected, ...]:
-        found = self._selected.get(labels)
-        if found is None:
-            found = self._selected[labels] = tuple(
-                _Selected(key=key, subject=subject)
-                for key, one in sorted(self._objects.items())
-                for subject in one.subjects
-                if subject.selector.matches(labels)
-            )
-        return found
+    def required_networks(self, objects: Iterable[PolicyObject] | None = None) -> Collection[Network]:
+        """Return the networks that need an identity of their own: of the policies in force, or of others.
 
-    def _image(
-        self, direction: Direction, selected: tuple[_Selected, ...], ports: NamedPorts, *, forced: bool
-    ) -> PolicyImage | None:
-        """``forced``: default deny also where no policy selects the endpoint."""
-        rules = [rule for one in selected for rule in one.subject.rules if rule.direction is direction]
-        imposing = sorted({one.key for one in selected if direction in one.subject.default_deny})
-        if forced and not imposing:
-            imposing = [INIT]
-        if not rules and not imposing:
-            return None
-        names = {spec.name for rule in rules for spec in rule.ports or () if spec.name}
-        relevant = frozenset(port for port in ports if port[0] in names)
-        key = (direction, tuple(id(rule) for rule in rules), tuple(imposing), relevant)
-        if key not in self._images:
-            self._images[key] = self._build(direction, rules, imposing, relevant)
-        return self._images[key]
-
-    # ---- building ---------------------------------------------------------------------------------------------
-
-    def _build(
-        self, direction: Direction, rules: Iterable[Rule], imposing: Collection[Key], ports: NamedPorts
-    ) -> PolicyImage:
-        applied = [self._applied(rule, direction, ports) for rule in rules]
-        if not imposing:
-            allow = Entry(ref=ALLOW_ALL, deny=False, protocol=ANY)
-            applied.append(_Applied((allow,), (), EVERYBODY))
-        where = direction.name.lower()
-        defaults = {scope: flatten(_of_scope(applied, scope), where) for scope in Scope}
-        unknown = {scope: flatten(_of_unknown(applied, scope), where) for scope in Scope}
-        return PolicyImage(
-            direction=direction,
-            defaults={scope: rows for scope, rows in defaults.items() if rows},
-            unknown={scope: rows for scope, rows in unknown.items() if rows},
-            members=self._members(direction, applied, defaults, where),
-            default_rules=tuple(
-                RuleRef(kind=kind, namespace=namespace, name=name, section="default", index=-1)
-                for kind, namespace, name in imposing
-            ),
+        These are CIDRs and exceptions, those of the CIDR groups that policies name, and addresses of backends.
+        """
+        if objects is None:
+            return self._peers.required()
+        return self._peers.networks(
+            {peer for one in objects for subject in one.subjects for rule in subject.rules for peer in rule.peers or ()}
         )
 
-    def _applied(self, rule: Rule, direction: Direction, ports: NamedPorts) -> _Applied:
-        meant = self._peers.resolve(rule.peers)
-        if rule.ports is None:
-            return _Applied((Entry(ref=rule.ref, deny=rule.action is Action.DENY, protocol=ANY),), (), meant)
-        entries, named = [], []
-        for spec in rule.ports:
-            entry = _entry(rule, spec)
-            if not spec.name:
-                entries.append(entry)
-            elif direction is Direction.EGRESS:
-                named.append((spec.name, entry))
-            else:
-                entries += [
-                    _at(entry, port)
-                    for name, protocol, port in ports
-                    if name == spec.name and protocol == spec.protocol
-                ]
-        return _Applied(tuple(entries), tuple(named), meant)
+    def problems(self) -> list[str]:
+        """Return what cannot be enforced as written, and what happens instead; each names all objects involved."""
+        return sorted({text for one in self._resolved.values() for text in one.problems()})
 
-    def _members(
-        self,
-        direction: Direction,
-        applied: list[_Applied],
-        defaults: Mapping[Scope, ClassRows],
-        where: str,
-    ) -> dict[IdentityId, ClassRows]:
-        own: dict[IdentityId, list[Entry]] = defaultdict(list)
-        for one in applied:
-            for identity in self.identities.members(one.meant.known):
-                own[identity] += one.entries
-            if one.named:
-                self._named_entries(one, own)
-        if direction is Direction.INGRESS:
-            own[HOST].append(Entry(ref=ALLOW_HOST, deny=False, protocol=ANY))
-        by_scope = {scope: _of_scope(applied, scope) for scope in Scope}
-        classes: dict[tuple[object, ...], ClassRows] = {}
-        members = {}
-        for identity, entries in own.items():
-            scope = self._peers.scope(identity)
-            together = [*by_scope[scope], *entries]
-            if direction is Direction.INGRESS and identity == HOST:
-                together = [_without_l7(one) for one in together]
-            key = (scope, identity == HOST, *(id(one) for one in entries))
-            if key not in classes:
-                classes[key] = differing(flatten(together, where), defaults[scope])
-            if classes[key]:
-                members[identity] = classes[key]
-        return members
+    # ---- endpoints --------------------------------------------------------------------------------------------
 
-    def _named_entries(self, one: _Applied, own: dict[IdentityId, list[Entry]]) -> None:
-        """A named port of a peer means the port that this peer gives the name to."""
-        for identity, ports in self._named.items():
-            row = self.identities.rows.get(identity)
-            if row is None or not (row.bit & one.meant.known or self._peers.scope(identity) in one.meant.scopes):
-                continue
-            for wanted, entry in one.named:
-                own[identity] += [
-                    _at(entry, port)
-                    for name, protocol, port in sorted(ports)
-                    if name == wanted and protocol == entry.protocol
-                ]
+    def _followed(self, selection: _Selection, labels: Labels) -> _Endpoint:
+        one = selection.endpoint(labels)
+        if one is None:
+            if len(followed := selection.all()) >= _CACHED:
+                for old in followed:
+                    self._drop_images(selection.drop(old.labels))
+            one = selection.follow(labels)
+        return one
 
+    def _ordered(self, one: _Endpoint) -> tuple[_Subject, ...]:
+        if one.moved:
+            self._drop_images(one)
+            one.ordered = tuple(sorted(one.subjects, key=lambda subject: (subject.key, subject.place)))
+            one.moved = False
+        return one.ordered
 
-def _entry(rule: Rule, spec: PortSpec) -> Entry:
-    return Entry(
-        ref=rule.ref, deny=rule.action is Action.DENY, protocol=spec.protocol, low=spec.low, high=spec.high, l7=spec.l7
-    )
+    def _pair(self, selection: _Selection, labels: Labels, ports: NamedPorts, *, node: bool) -> Pair:
+        one = self._followed(selection, labels)
+        if self._generation != self.identities.generation:
+            self._generation = self.identities.generation
+            for resolved in self._resolved.values():
+                resolved.stale = True
+        if not one.moved and (found := one.pairs.get(ports)) is not None:
+            egress, ingress, pair = found
+            if (egress is None or not egress.stale) and (ingress is None or not ingress.stale):
+                return pair
+        self._ordered(one)
+        if len(one.images) >= _VARIANTS:
+            self._drop_images(one)
+        pair = (
+            self._image(one, Direction.EGRESS, frozenset(), node=node),
+            self._image(one, Direction.INGRESS, ports, node=node),
+        )
+        variants = (Direction.EGRESS, frozenset[tuple[str, int, int]]()), (Direction.INGRESS, ports)
+        one.pairs[ports] = one.images[variants[0]], one.images[variants[1]], pair
+        self._sweep()
+        return pair
 
+    def _image(self, one: _Endpoint, direction: Direction, ports: NamedPorts, *, node: bool) -> PolicyImage | None:
+        variant = (direction, ports)
+        if variant not in one.images:
+            one.images[variant] = self._resolve(self._selected(one, direction, ports, node=node))
+        resolved = one.images[variant]
+        return None if resolved is None else resolved.image()
 
-def _at(entry: Entry, port: int) -> Entry:
-    return Entry(ref=entry.ref, deny=entry.deny, protocol=entry.protocol, low=port, high=port, l7=entry.l7)
+    def _selected(self, one: _Endpoint, direction: Direction, ports: NamedPorts, *, node: bool) -> Selected | None:
+        """What applies to an endpoint in a direction; None: nothing."""
+        rules = tuple(rule for subject in one.ordered for rule in subject.applied() if rule.rule.direction is direction)
+        imposing = tuple(dict.fromkeys(subject.key for subject in one.ordered if direction in subject.imposes))
+        if INIT_LABEL in one.labels and not imposing:
+            imposing = (INIT,)
+        if not rules and not imposing:
+            return None
+        names = {name for rule in rules for name, _ in rule.named}
+        return Selected(
+            direction=direction,
+            rules=rules,
+            imposing=imposing,
+            ports=frozenset(port for port in ports if port[0] in names),
+            node=node,
+        )
 
+    def _resolve(self, selected: Selected | None) -> Resolved | None:
+        if selected is None:
+            return None
+        found = self._resolved.get(selected.key)
+        if found is None:
+            found = self._resolved[selected.key] = Resolved(selected, self.identities, self._peers, self._rows)
+        found.uses += 1
+        return found
 
-def _without_l7(entry: Entry) -> Entry:
-    """The host's own requests (the kubelet's probes) are not judged by their content."""
-    if entry.l7 is None:
-        return entry
-    return Entry(ref=entry.ref, deny=entry.deny, protocol=entry.protocol, low=entry.low, high=entry.high)
+    def _drop_images(self, one: _Endpoint) -> None:
+        """Give an endpoint's images back: they may be asked for again before the next sweep."""
+        for resolved in one.images.values():
+            if resolved is not None:
+                resolved.uses -= 1
+                self._unused |= resolved.uses == 0
+        one.images = {}
+        one.pairs = {}
 
+    def _sweep(self) -> None:
+        """Close images that no endpoint has."""
+        if not self._unused:
+            return
+        self._unused = False
+        for key in [key for key, one in self._resolved.items() if not one.uses]:
+            self._resolved.pop(key).close()
+        if len(self._rows) > _ROWS or not self._resolved:
+            self._rows.clear()
 
-def _of_scope(applied: Iterable[_Applied], scope: Scope) -> list[Entry]:
-    return [entry for one in applied if scope in one.meant.scopes for entry in one.entries]
-
-
-def _of_unknown(applied: Iterable[_Applied], scope: Scope) -> list[Entry]:
-    """What an identity gets that this node does not know yet: it may be one that a rule denies."""
-    entries: list[Entry] = []
-    for one in applied:
-        sure = scope in one.meant.scopes
-        possible = scope in one.meant.possible
-        entries += [entry for entry in one.entries if sure or (entry.deny and possible)]
-        if possible:
-            entries += [_everywhere(entry) for _, entry in one.named if entry.deny]
-    return entries
-
-
-def _everywhere(entry: Entry) -> Entry:
-    return Entry(ref=entry.ref, deny=True, protocol=entry.protocol)
+    def stored(self) -> int:
+        """Return how much is kept beside the identities: nothing once all policies and endpoints are gone."""
+        kept = len(self._objects) + len(self._subjects) + len(self._resolved) + len(self._rows)
+        return kept + self._pods.stored() + self._nodes.stored() + self._peers.stored()

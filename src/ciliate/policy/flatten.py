@@ -1,141 +1,200 @@
-"""From the rules that apply to one peer to class rows: precedence flattened over protocols and ports."""
+"""From the rules that apply to one peer to class rows: precedence flattened over protocols and ports.
 
+The rules that mean a whole scope are cut once into segments of ports with one answer each. What an identity of that
+scope has of its own is laid over them, and only the segments that it touches are looked at: the class gets rows only
+where its answer differs from what the scope's default says.
+"""
+
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
+from ciliate.policy.deciding import Answer, Decide, Entry
 from ciliate.policy.image import ClassRows, PortPrefix, Row, RowVerdict, RuleRef, RuleSet
-from ciliate.policy.l7 import L7, L7Rule
 
 ANY = 0
 """Protocol of what is about all protocols and ports."""
-TCP = 6
 LAST_PORT = 65535
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """What one rule says about a range of ports of one protocol. ``l7`` None: no L7 conditions."""
-
-    ref: RuleRef
-    deny: bool
-    protocol: int
-    low: int = 0
-    high: int = LAST_PORT
-    l7: L7 | None = None
+Part = tuple[int, int, Answer | None]
+"""(first port, last port, what holds there)."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Answer:
-    verdict: RowVerdict
-    rules: tuple[RuleRef, ...]
-    ruleset: RuleSet | None = None
+class Cut:
+    """One protocol's ports in segments: ``starts`` ascending, from 0; the entries about each segment."""
+
+    starts: list[int]
+    active: list[tuple[Entry, ...]]
+    answers: list[Answer | None]
 
 
-def decide(entries: Sequence[Entry], where: str = "") -> _Answer | None:
-    """Return the answer where all of ``entries`` apply; None: no rule does.
-
-    Deny beats everything, L7 beats a plain allow. ``where`` becomes part of a redirect's name.
-    """
-    if not entries:
-        return None
-    if denies := [one for one in entries if one.deny]:
-        return _Answer(RowVerdict.DENY, _refs(denies))
-    judged = [(one, one.l7) for one in entries if one.l7 is not None]
-    if not judged:
-        return _Answer(RowVerdict.ALLOW, _refs(entries))
-    protocols = {l7.protocol for _, l7 in judged}
-    if len(protocols) > 1:  # nobody can understand both: fail closed
-        return _Answer(RowVerdict.DENY, _refs(one for one, _ in judged))
-    rules = sorted({(rule, one.ref) for one, l7 in judged for rule in l7.rules}, key=_order)
-    plain = [one for one in entries if one.l7 is None]
-    objects = sorted({f"{one.ref.kind} {one.ref.namespace}/{one.ref.name}" for one, _ in judged})
-    ruleset = RuleSet(
-        protocol=protocols.pop(),
-        rules=tuple(rules),
-        allow_all=bool(plain),
-        provenance=f"{where} {', '.join(objects)}",
-    )
-    return _Answer(RowVerdict.REDIRECT, _refs([*(one for one, _ in judged), *plain]), ruleset)
-
-
-def _refs(entries: Iterable[Entry]) -> tuple[RuleRef, ...]:
-    return tuple(sorted({one.ref for one in entries}))
-
-
-def _order(pair: tuple[L7Rule, RuleRef]) -> tuple[str, RuleRef]:
-    return repr(pair[0]), pair[1]
-
-
-def flatten(entries: Iterable[Entry], where: str = "") -> ClassRows:
-    """Return the rows that answer for every protocol and port as ``entries`` say, sorted by key.
-
-    A row for all protocols stands for what no longer prefix answers. ``where`` names the redirects' direction.
-    """
-    by_protocol: dict[int, list[Entry]] = defaultdict(list)
-    for one in entries:
-        by_protocol[one.protocol].append(one)
-    everywhere = by_protocol.pop(ANY, [])
-    rows: list[Row] = []
-    base = decide(everywhere)
-    if base is not None:
-        rows.append(_row(PortPrefix(protocol=ANY), base))
-    for protocol, listed in sorted(by_protocol.items()):
-        for low, high, answer in _segments(protocol, listed, everywhere, where):
-            if answer is not None and answer != base:
-                rows += [_row(key, answer) for key in port_prefixes(protocol, low, high)]
-    return tuple(sorted(rows, key=lambda row: (row.key.protocol, row.key.port, row.key.bits)))
-
-
-def _row(key: PortPrefix, answer: _Answer) -> Row:
-    return Row(key=key, verdict=answer.verdict, rules=answer.rules, ruleset=answer.ruleset)
-
-
-def _segments(
-    protocol: int, entries: Sequence[Entry], everywhere: Sequence[Entry], where: str
-) -> Iterator[tuple[int, int, _Answer | None]]:
-    """Yield (low, high, answer) over all ports: neighbours with one answer are one segment."""
+def cut(entries: Sequence[Entry]) -> tuple[list[int], list[tuple[Entry, ...]]]:
+    """Return (first ports, entries about them) of the segments that the entries' borders make."""
     starts: dict[int, list[Entry]] = defaultdict(list)
     ends: dict[int, list[Entry]] = defaultdict(list)
     for one in entries:
         starts[one.low].append(one)
         ends[one.high + 1].append(one)
-    active: dict[int, Entry] = {}
     edges = sorted({0, *starts, *ends} - {LAST_PORT + 1})
-    pending: tuple[int, int, _Answer | None] | None = None
-    for low, after in zip(edges, [*edges[1:], LAST_PORT + 1], strict=True):
-        for one in ends.get(low, ()):
-            del active[id(one)]
-        active |= {id(one): one for one in starts.get(low, ())}
-        answer = decide([*active.values(), *everywhere], f"{where} {protocol}/{low}-{after - 1}")
-        if pending is not None and pending[2] == answer:
-            pending = (pending[0], after - 1, answer)
-            continue
-        if pending is not None:
-            yield pending
-        pending = (low, after - 1, answer)
-    if pending is not None:
-        yield pending
+    current: dict[int, Entry] = {}
+    active = []
+    for edge in edges:
+        for one in ends.get(edge, ()):
+            del current[id(one)]
+        for one in starts.get(edge, ()):
+            current[id(one)] = one
+        active.append(tuple(current.values()))
+    return edges, active
 
 
-def port_prefixes(protocol: int, low: int, high: int) -> Iterator[PortPrefix]:
-    """Yield the fewest aligned prefixes that make up ``low`` to ``high``."""
+class Compiled:
+    """Rules that apply to everybody of a scope. ``where`` becomes part of the names of rule sets.
+
+    ``default_rules`` stand in rows that say "denied because nothing allows it", which a class needs where its
+    default, or a shorter prefix, would allow.
+    """
+
+    def __init__(
+        self, entries: Iterable[Entry], decide: Decide, *, where: str, default_rules: tuple[RuleRef, ...]
+    ) -> None:
+        by_protocol = _by_protocol(entries)
+        self._decide = decide
+        self._where = where
+        self._default_rules = default_rules
+        self.everywhere = tuple(by_protocol.pop(ANY, ()))
+        self.base = decide(self.everywhere)
+        self._cuts: dict[int, Cut] = {}
+        self.problems: dict[str, None] = {}
+        for protocol, listed in sorted(by_protocol.items()):
+            starts, active = cut(listed)
+            answers = [decide((*one, *self.everywhere)) if one else self.base for one in active]
+            self._cuts[protocol] = Cut(starts, active, answers)
+        self._whole = Cut([0], [()], [self.base])
+
+    def rows(self) -> ClassRows:
+        """Return the rows of the scope's default class, sorted by key."""
+        found = [] if self.base is None else [self._row(ANY, PortPrefix(protocol=ANY), self.base, "")]
+        for protocol, one in self._cuts.items():
+            bounds = zip(one.starts, [*one.starts[1:], LAST_PORT + 1], one.answers, strict=True)
+            found += self._emit(
+                protocol, [(low, after - 1, answer) for low, after, answer in bounds if answer != self.base]
+            )
+        return _sorted(found)
+
+    def differing(self, entries: Iterable[Entry], decide: Decide | None = None) -> ClassRows:
+        """Return the rows of an identity's class to which ``entries`` apply as well.
+
+        ``decide``: how this identity's rules are read, if that is not as everybody's are.
+        """
+        own = _by_protocol(entries)
+        everywhere = tuple(own.pop(ANY, ()))
+        everything = bool(everywhere) or decide is not None
+        judge = decide or self._decide
+        base = judge((*everywhere, *self.everywhere)) if everything else self.base
+        rebased = base != self.base
+        found = [self._row(ANY, PortPrefix(protocol=ANY), base, "")] if rebased else []
+        for protocol in sorted({*own, *self._cuts} if everything else own):
+            parts = []
+            for low, high, mine, answer in self._laid_over(protocol, own.get(protocol, ()), everything=everything):
+                theirs, before = answer
+                now = judge((*mine, *theirs, *everywhere, *self.everywhere)) if mine or theirs else base
+                if now != (base if rebased else before):
+                    parts.append((low, high, now))
+            found += self._emit(protocol, parts)
+        return _sorted(found)
+
+    def _laid_over(
+        self, protocol: int, own: Sequence[Entry], *, everything: bool
+    ) -> Iterator[tuple[int, int, tuple[Entry, ...], tuple[tuple[Entry, ...], Answer | None]]]:
+        """Yield (first port, last port, own entries, (the default's entries, its answer)).
+
+        Of segments without own entries only if ``everything`` is looked at.
+        """
+        below = self._cuts.get(protocol, self._whole)
+        if own:
+            starts, active = cut(own)
+        else:
+            starts, active = [0], [()]
+        for start, after, mine in zip(starts, [*starts[1:], LAST_PORT + 1], active, strict=True):
+            if not mine and not everything:
+                continue
+            index = bisect_right(below.starts, start) - 1
+            low = start
+            while low < after:
+                high = min(after, below.starts[index + 1] if index + 1 < len(below.starts) else LAST_PORT + 1)
+                yield low, high - 1, mine, (below.active[index], below.answers[index])
+                low = high
+                index += 1
+
+    def _emit(self, protocol: int, parts: Iterable[Part]) -> list[Row]:
+        """Neighbours with one answer are one range, and a range the fewest aligned prefixes."""
+        merged: list[Part] = []
+        for low, high, answer in parts:
+            if merged and merged[-1][1] == low - 1 and merged[-1][2] == answer:
+                merged[-1] = (merged[-1][0], high, answer)
+            else:
+                merged.append((low, high, answer))
+        found = []
+        for low, high, answer in merged:
+            name = f"{self._where} {protocol}/{low}-{high}" if answer is not None and answer.l7 else ""
+            first, *rest = port_prefixes(protocol, low, high)
+            row = self._row(protocol, first, answer, name)
+            found.append(row)
+            found += [Row(key=key, verdict=row.verdict, rules=row.rules, ruleset=row.ruleset) for key in rest]
+        return found
+
+    def _row(self, protocol: int, key: PortPrefix, answer: Answer | None, name: str) -> Row:
+        if answer is None:
+            return Row(key=key, verdict=RowVerdict.DENY, rules=self._default_rules)
+        if answer.problem:
+            self.problems[_problem(answer, protocol, key)] = None
+        l7 = answer.l7
+        if l7 is None:
+            return Row(key=key, verdict=answer.verdict, rules=answer.rules)
+        ruleset = RuleSet(
+            rules=l7.rules,
+            protocol=l7.protocol,
+            allow_all=l7.allow_all,
+            server_names=l7.server_names,
+            terminating=l7.terminating,
+            originating=l7.originating,
+            listener=l7.listener,
+            provenance=f"{name or self._where} {l7.objects}",
+        )
+        return Row(key=key, verdict=answer.verdict, rules=answer.rules, ruleset=ruleset)
+
+
+def _problem(answer: Answer, protocol: int, key: PortPrefix) -> str:
+    names = " and ".join(
+        dict.fromkeys(
+            f"{one.kind} {one.namespace}/{one.name}" if one.namespace else f"{one.kind} {one.name}"
+            for one in answer.rules
+        )
+    )
+    return f"{names}: {answer.problem}: protocol {protocol} port {key.port} is denied to the peers that both mean"
+
+
+def _by_protocol(entries: Iterable[Entry]) -> dict[int, list[Entry]]:
+    found: dict[int, list[Entry]] = {}
+    for one in entries:
+        found.setdefault(one.protocol, []).append(one)
+    return found
+
+
+def _sorted(rows: list[Row]) -> ClassRows:
+    return tuple(sorted(rows, key=lambda row: (row.key.protocol, row.key.port, row.key.bits)))
+
+
+@lru_cache(maxsize=1 << 14)
+def port_prefixes(protocol: int, low: int, high: int) -> tuple[PortPrefix, ...]:
+    """Return the fewest aligned prefixes that make up ``low`` to ``high``."""
+    found = []
     while low <= high:
         size = low & -low if low else LAST_PORT + 1
         while low + size - 1 > high:
             size >>= 1
-        yield PortPrefix(protocol=protocol, port=low, bits=16 - size.bit_length() + 1)
+        found.append(PortPrefix(protocol=protocol, port=low, bits=16 - size.bit_length() + 1))
         low += size
-
-
-def differing(rows: ClassRows, default: ClassRows) -> ClassRows:
-    """Return what of a class's rows must be there beside the default's, which answers where the class has none.
-
-    Without a row for all protocols a class's rows do not overlap, so one that the default has as well can go.
-    """
-    if any(row.key.protocol == ANY for row in rows):
-        return rows
-    known = {row.key: row for row in default}
-    covering = any(row.key.protocol == ANY for row in default)
-    kept = tuple(row for row in rows if known.get(row.key) != row)
-    return kept if not covering else rows
+    return tuple(found)

@@ -4,9 +4,12 @@ An image is one direction of the resolved policy of an endpoint. It is a value: 
 kernel, equal class rows are one class. See docs/adr/0003-policy-in-classes.md for how the datapath reads it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
 
 from ciliate.identity.numbers import IdentityId, Scope
 from ciliate.policy.l7 import L7Protocol, L7Rule, Listener, TlsContext
@@ -79,6 +82,59 @@ class Row:
 
 ClassRows = tuple[Row, ...]
 """Rows of one class, sorted by key (protocol, port, bits)."""
+
+
+class Members(Mapping[IdentityId, ClassRows]):
+    """Identity -> class rows in arrays: ``identities`` ascending, for each the index of its class in ``classes``."""
+
+    __slots__ = ("classes", "identities", "places")
+
+    def __init__(
+        self, identities: npt.NDArray[np.uint32], places: npt.NDArray[np.int32], classes: tuple[ClassRows, ...]
+    ) -> None:
+        self.identities, self.places, self.classes = identities, places, classes
+
+    @classmethod
+    def of(cls, members: Mapping[IdentityId, ClassRows]) -> "Members":
+        """Return a mapping in this form."""
+        if isinstance(members, Members):
+            return members
+        classes: dict[int, ClassRows] = {}
+        places = {number: index for index, number in enumerate(dict.fromkeys(map(id, members.values())))}
+        for rows in members.values():
+            classes[id(rows)] = rows
+        ordered = sorted(members)
+        return cls(
+            np.array(ordered, np.uint32),
+            np.array([places[id(members[one])] for one in ordered], np.int32),
+            tuple(classes.values()),
+        )
+
+    def __getitem__(self, identity: IdentityId) -> ClassRows:
+        place = int(np.searchsorted(self.identities, np.uint32(identity)))
+        if place == len(self.identities) or self.identities[place] != identity:
+            raise KeyError(identity)
+        return self.classes[self.places[place]]
+
+    def __iter__(self) -> Iterator[IdentityId]:
+        return map(IdentityId, self.identities.tolist())
+
+    def __len__(self) -> int:
+        return len(self.identities)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        theirs = Members.of(other)
+        if not np.array_equal(self.identities, theirs.identities):
+            return False
+        pairs = set(zip(self.places.tolist(), theirs.places.tolist(), strict=True))
+        return all(self.classes[mine] == theirs.classes[its] for mine, its in pairs)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Members({dict(self)!r})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,9 +6,10 @@ from enum import StrEnum
 
 from ciliate.identity.labels import Labels, Network
 from ciliate.identity.numbers import IdentityId
+from ciliate.identity.selectors import NamedPorts
 from ciliate.policy.ask.request import HttpRequest, judge_request
 from ciliate.policy.ask.world import AskError, End, PodFacts, World
-from ciliate.policy.engine import NamedPorts, PolicyEngine
+from ciliate.policy.engine import PolicyEngine
 from ciliate.policy.image import Direction, PolicyImage, Row, RowVerdict, RuleRef, RuleSet
 from ciliate.policy.l7 import L7Protocol
 

@@ -9,14 +9,14 @@ from ipaddress import ip_network
 from typing import Final
 
 from ciliate.identity.labels import NAMESPACE, Labels
-from ciliate.identity.numbers import ALLOCATED_MIN, IdentityId, Reserved
-from ciliate.identity.selectors import Selector
+from ciliate.identity.numbers import ALLOCATED_MIN, IdentityId, Reserved, Scope
+from ciliate.identity.selectors import NamedPorts, Selector
 from ciliate.policy.ask.classes import Classes, PodClass, Signature, TooManyClassesError, selectors_of
 from ciliate.policy.ask.flows import ICMP, NAMES
 from ciliate.policy.ask.world import KnownIdentity, World, address_within, short_labels, value_of
-from ciliate.policy.engine import NamedPorts, PolicyEngine
+from ciliate.policy.engine import PolicyEngine
 from ciliate.policy.image import Direction, PolicyImage, Row, RowVerdict
-from ciliate.policy.rules import PolicyObject
+from ciliate.policy.rules import FqdnPeer, NodePeer, PolicyObject
 
 OTHER_PROTOCOL: Final = 47
 """Stands for every protocol that no rule names."""
@@ -93,6 +93,7 @@ def build_space(world: World, objects: Sequence[PolicyObject], more: Sequence[Se
     taken = {port for spec in _specs(objects) for port in (spec.low, spec.high)}
     taken |= {port for pod in world.pods.values() for _, _, port in pod.named_ports}
     fresh = _named_ports(names, taken)
+    peers = {p for one in objects for subject in one.subjects for rule in subject.rules for p in rule.peers or ()}
     members, seen = _existing(world, classes)
     exact, assumptions = not existing, []
     if existing:
@@ -106,6 +107,10 @@ def build_space(world: World, objects: Sequence[PolicyObject], more: Sequence[Se
             assumptions.append(f"{error}: only pods of the manifests are looked at")
         if world.namespaces:
             assumptions.append("namespaces of the manifests keep the labels they have")
+        if any(isinstance(peer, FqdnPeer) for peer in peers):
+            assumptions.append("no address has been learned for a DNS name yet")
+        if any(isinstance(peer, NodePeer) for peer in peers):
+            assumptions.append("there are no other nodes than those of the manifests")
         if names and exact:
             assumptions.append("a pod that does not exist gives each port name that policies use a number of its own")
     identities = dict(world.identities)
@@ -187,6 +192,9 @@ def _outside(world: World) -> Iterator[Member]:
     for reserved in _OUTSIDE:
         number = IdentityId(reserved)
         yield Member(identity=number, labels=world.identities[number].labels)
+    for number, one in world.identities.items():
+        if world.scope(number) is Scope.NODE:
+            yield Member(identity=number, labels=one.labels)
     for network, number in world.networks.items():
         address = address_within(network, world.parts(network))
         if address is not None:

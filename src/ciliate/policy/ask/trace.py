@@ -156,7 +156,7 @@ class _Tracer:
         return [f"does not let {request.text} pass: {text}" for ref, text in judged.misses if ref == rule.ref]
 
     def _overruled(self, rule: Rule, side: Side) -> list[str]:
-        found = []
+        found = ["it passes the decision on to the next tier"] if rule.action is Action.PASS else []
         for ref in side.rules:
             other = self._by_ref.get(ref)
             if other is None:

@@ -11,11 +11,19 @@ from ipaddress import IPv4Address, IPv6Address, ip_network
 from typing import Final
 
 from ciliate.identity.labels import NAMESPACE, Labels, Network, cidr_labels, reserved_labels, split
-from ciliate.identity.numbers import ALLOCATED_MAX, ALLOCATED_MIN, LOCAL_SCOPE_BASE, IdentityId, Reserved, Scope
+from ciliate.identity.numbers import (
+    ALLOCATED_MAX,
+    ALLOCATED_MIN,
+    LOCAL_SCOPE_BASE,
+    REMOTE_NODE_SCOPE_BASE,
+    IdentityId,
+    Reserved,
+    Scope,
+)
 from ciliate.identity.numbers import scope_of as scope_of_number
-from ciliate.policy.engine import NamedPorts, PolicyEngine
-from ciliate.policy.parse import required_networks
-from ciliate.policy.rules import CidrGroup, PolicyObject, ServiceFacts
+from ciliate.identity.selectors import NamedPorts
+from ciliate.policy.engine import PolicyEngine
+from ciliate.policy.rules import CidrGroup, NodePeer, PolicyObject, ServiceFacts
 
 _RESERVED: Final[Mapping[str, IdentityId]] = {
     one.name.lower().replace("_", "-"): IdentityId(one) for one in Reserved if one is not Reserved.UNKNOWN
@@ -120,10 +128,14 @@ class World:
         identities |= known or {}
         numbers = {one.labels: number for number, one in identities.items() if one.network is None}
         networks = {one.network: number for number, one in identities.items() if one.network is not None}
-        cidr_groups = tuple(groups)
+        cidr_groups, facts = tuple(groups), tuple(services)
+        engine = _fed(PolicyEngine(cluster=cluster, cluster_id=cluster_id), cidr_groups, facts)
+        by_name = {one.name: one for one in nodes}
         wanted = {one.labels for one in listed if not one.host_network}
         _number_pods(sorted(wanted, key=sorted), identities, numbers, cluster_id)
-        _number_networks(required_networks(policies) | _of_groups(cidr_groups), identities, networks)
+        _number_networks(engine.required_networks(policies), identities, networks)
+        if _mentions_nodes(policies):
+            _number_nodes(by_name.values(), identities, numbers)
         for pod in listed:
             if not pod.host_network:
                 number = numbers[pod.labels]
@@ -133,7 +145,6 @@ class World:
         for pod in listed:
             if pod.workload:
                 aliases.setdefault(f"{pod.namespace}/{pod.workload}", pod.text)
-        by_name = {one.name: one for one in nodes}
         owners = {address: f"node/{one.name}" for one in by_name.values() for address in one.addresses}
         owners |= {a: pod.text for pod in reversed(listed) if not pod.host_network for a in pod.addresses}
         return cls(
@@ -144,7 +155,7 @@ class World:
             numbers=numbers,
             networks=networks,
             groups=cidr_groups,
-            services=tuple(services),
+            services=facts,
             cluster=cluster,
             cluster_id=cluster_id,
             dual_stack=dual_stack,
@@ -176,7 +187,7 @@ class World:
         identities: Mapping[IdentityId, KnownIdentity] | None = None,
     ) -> PolicyEngine:
         """Return an engine that knows the world's policies and identities, or others."""
-        engine = PolicyEngine(cluster=self.cluster, cluster_id=self.cluster_id)
+        engine = _fed(PolicyEngine(cluster=self.cluster, cluster_id=self.cluster_id), self.groups, self.services)
         for number, one in (self.identities if identities is None else identities).items():
             engine.identities.add(number, one.labels, one.network)
             if one.named_ports:
@@ -225,7 +236,9 @@ class World:
         return End(text=text, identity=self.numbers[pod.labels], labels=pod.labels, pod=pod)
 
     def _of_node(self, text: str, name: str) -> End:
-        number = _RESERVED["remote-node"]
+        known = self.nodes.get(name)
+        number = self.numbers.get(_node_labels(known.labels)) if known is not None else None
+        number = _RESERVED["remote-node"] if number is None else number
         return End(text=text, identity=number, labels=self._labels(number), node=name)
 
     def _of_network(self, text: str, network: Network) -> End:
@@ -354,5 +367,37 @@ def _number_networks(
         identities[networks[network]] = KnownIdentity(labels=cidr_labels(network), network=network)
 
 
-def _of_groups(groups: Iterable[CidrGroup]) -> set[Network]:
-    return {network for group in groups for network in group.networks if network.prefixlen}
+def _mentions_nodes(objects: Iterable[PolicyObject]) -> bool:
+    return any(
+        isinstance(peer, NodePeer)
+        for one in objects
+        for subject in one.subjects
+        for rule in subject.rules
+        for peer in rule.peers or ()
+    )
+
+
+def _node_labels(labels: Mapping[str, str]) -> Labels:
+    """The labels of another node's identity, where policies tell nodes apart."""
+    return frozenset({"reserved:remote-node", *(f"node:{key}={value}" for key, value in labels.items())})
+
+
+def _number_nodes(
+    nodes: Iterable[NodeFacts], identities: dict[IdentityId, KnownIdentity], numbers: dict[Labels, IdentityId]
+) -> None:
+    number = REMOTE_NODE_SCOPE_BASE + 1
+    for labels in sorted({_node_labels(one.labels) for one in nodes}, key=sorted):
+        if labels in numbers:
+            continue
+        while IdentityId(number) in identities:
+            number += 1
+        numbers[labels] = IdentityId(number)
+        identities[numbers[labels]] = KnownIdentity(labels=labels)
+
+
+def _fed(engine: PolicyEngine, groups: Iterable[CidrGroup], services: Iterable[ServiceFacts]) -> PolicyEngine:
+    for group in groups:
+        engine.set_cidr_group(group)
+    for service in services:
+        engine.set_service(service)
+    return engine
