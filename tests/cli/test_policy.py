@@ -1,8 +1,11 @@
 """``ciliate policy`` as a user runs it: in CI without an agent, and against one."""
 
 import json
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 MANIFESTS = """
 apiVersion: v1
@@ -142,6 +145,15 @@ def test_expectations_hold_or_the_exit_code_is_1(ciliate, manifests):
     assert done.returncode == 1
 
 
+def test_the_flows_of_the_how_to_hold_for_the_demo(ciliate):
+    page = (ROOT / "docs/how-to/test-policies-in-ci.md").read_text()
+    flows = [line.strip() for line in page.splitlines() if line.startswith('    {"src"') and '"expect"' in line]
+    assert len(flows) == 4
+    sources = ("-f", str(ROOT / "demo/manifests"), "-f", str(ROOT / "demo/policies"))
+    done = ciliate("policy", "evaluate", *sources, "--flows", "-", "--expect", stdin="\n".join(flows))
+    assert (done.returncode, done.stderr) == (0, "all 4 expectations hold\n")
+
+
 def test_evaluate_judges_requests_by_l7_rules(ciliate, manifests, tmp_path):
     (tmp_path / "k8s" / "l7.yaml").write_text("""
 apiVersion: cilium.io/v2
@@ -203,6 +215,58 @@ spec: {containers: []}
     (tmp_path / "dump.yaml").write_text(MANIFESTS + "---" + pod)
     answers = lines(ciliate("policy", "evaluate", "-f", str(tmp_path / "dump.yaml")))
     assert {one["src"] for one in answers} == {"shop/db", "shop/api-abc-1"}
+
+
+RICH = """
+apiVersion: v1
+kind: Service
+metadata: {name: db, namespace: shop}
+spec: {selector: {app: db}}
+---
+apiVersion: v1
+kind: Node
+metadata: {name: n2, labels: {role: edge}}
+status: {addresses: [{type: InternalIP, address: 192.0.2.2}]}
+---
+apiVersion: v1
+kind: Node
+metadata: {name: n3}
+status: {addresses: [{type: InternalIP, address: 192.0.2.3}]}
+---
+apiVersion: cilium.io/v2
+kind: CiliumCIDRGroup
+metadata: {name: offices}
+spec: {externalCIDRs: [198.51.100.0/24]}
+---
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: out, namespace: shop}
+spec:
+  endpointSelector: {matchLabels: {app: api}}
+  egress:
+    - toServices: [{k8sService: {serviceName: db, namespace: shop}}]
+    - toNodes: [{matchLabels: {role: edge}}]
+    - toCIDRSet: [{cidrGroupRef: offices}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("dst", "egress", "index"),
+    [
+        ("shop/db", "allowed", 0),
+        ("192.0.2.2", "allowed", 1),
+        ("node/n2", "allowed", 1),
+        ("node/n3", "denied", -1),
+        ("198.51.100.7", "allowed", 2),
+        ("203.0.113.7", "denied", -1),
+        ("shop/api-2", "denied", -1),
+    ],
+)
+def test_services_nodes_and_groups_count(ciliate, manifests, tmp_path, dst, egress, index):
+    (tmp_path / "flows").write_text(flow(dst=dst))
+    flows = str(tmp_path / "flows")
+    (answer,) = lines(ciliate("policy", "evaluate", "-f", manifests, "-f", "-", "--flows", flows, stdin=RICH))
+    assert (answer["egress"], answer["rules"]["egress"][0]["index"]) == (egress, index)
 
 
 # ---- trace, selectors, explain -----------------------------------------------------------------------------

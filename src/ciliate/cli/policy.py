@@ -244,9 +244,9 @@ def _port_fields(text: str) -> dict[str, Any]:
         raise UserError("--dport: must be set: 8080, UDP/53, ICMP/8 or a port's name")
     first, slash, second = text.partition("/")
     if not slash:
-        if first.upper() in ("ICMP", "ICMPV6"):
-            return {"protocol": first}
-        return {"port": first}
+        from ciliate.policy.rules import PROTOCOLS
+
+        return {"protocol": first} if first.upper() in PROTOCOLS else {"port": first}
     if first.isdigit():
         first, second = second, first
     return {"protocol": first, "port": second}

@@ -142,6 +142,32 @@ def test_an_allow_rule_that_a_deny_rule_overrules_is_named() -> None:
     ]
 
 
+TIERED = """
+---
+apiVersion: policy.networking.k8s.io/v1alpha2
+kind: ClusterNetworkPolicy
+metadata: {name: admin}
+spec:
+  tier: Admin
+  priority: 10
+  subject: {namespaces: {}}
+  ingress:
+    - {name: ask-the-owner, action: Pass, from: [{namespaces: {}}]}
+    - {name: nobody, action: Deny, from: [{namespaces: {}}]}
+"""
+
+
+def test_tiers_are_named_where_they_decide() -> None:
+    passed = ingress(traced(world_of(SHOP + TIERED), "shop/web", "shop/api", "TCP/8080"))
+    assert said(passed, Status.DECIDES) == ["api ingress[0]: "]
+    earlier, later = said(passed, Status.OVERRULED)
+    assert earlier == "admin ingress[0]: it passes the decision on to the next tier"
+    assert later.startswith("admin ingress[1]: a rule before it passes the decision on, and CiliumNetworkPolicy")
+    denied = ingress(traced(world_of(SHOP + TIERED.replace("Pass", "Deny")), "shop/web", "shop/api", "TCP/8080"))
+    assert denied.side.verdict is Verdict.DENIED
+    assert any("is of tier admin, which is asked before normal" in one for one in said(denied, Status.OVERRULED))
+
+
 def test_a_policy_for_other_pods_is_named_with_the_label_that_differs(shop: World) -> None:
     end = ingress(traced(shop, "shop/web", "shop/api", "TCP/81"))
     assert said(end, Status.ELSEWHERE) == ["nobody ingress[0]: app is api, wanted nobody"]

@@ -8,7 +8,7 @@ from ciliate.policy.ask.evaluate import Answer, Expectation, Flow, Side, Verdict
 from ciliate.policy.ask.request import HttpRequest, describe_rule, parse_request
 from ciliate.policy.ask.world import AskError
 from ciliate.policy.image import RuleRef
-from ciliate.policy.rules import PROTOCOLS
+from ciliate.policy.rules import PORTLESS, PROTOCOLS
 
 NAMES: Final[Mapping[int, str]] = {
     **{number: name for name, number in PROTOCOLS.items()},
@@ -66,8 +66,8 @@ def parse_point(text: str) -> tuple[int, int]:
     if first.isdigit() and not second.isdigit():
         first, second = second, first
     protocol = parse_protocol(first)
-    if not second and protocol in ECHO:
-        return protocol, ECHO[protocol]
+    if not second and (protocol in ECHO or protocol in PORTLESS):
+        return protocol, ECHO.get(protocol, 0)
     if not second.isdigit() or int(second) > (255 if protocol in ICMP else 65535):
         raise AskError(f"{text!r}: a port is written PROTOCOL/NUMBER, for example TCP/80 or ICMP/8")
     return protocol, int(second)
@@ -79,8 +79,8 @@ def _port(document: Mapping[str, Any], protocol: int) -> tuple[int, str]:
         raise AskError("type: cannot go with port; for ICMP the port is the type")
     value = document.get(field)
     if value is None:
-        if protocol in ECHO:
-            return ECHO[protocol], ""
+        if protocol in ECHO or protocol in PORTLESS:
+            return ECHO.get(protocol, 0), ""
         raise AskError("port: must be set")
     if isinstance(value, str) and not value.isdigit():
         if not value or protocol in ICMP:

@@ -16,9 +16,9 @@ from ciliate.policy.ask.flows import ICMP, NAMES
 from ciliate.policy.ask.world import KnownIdentity, World, address_within, short_labels, value_of
 from ciliate.policy.engine import PolicyEngine
 from ciliate.policy.image import Direction, PolicyImage, Row, RowVerdict
-from ciliate.policy.rules import FqdnPeer, NodePeer, PolicyObject
+from ciliate.policy.rules import PORTLESS, FqdnPeer, NodePeer, PolicyObject
 
-OTHER_PROTOCOL: Final = 47
+OTHER_PROTOCOL: Final = 253
 """Stands for every protocol that no rule names."""
 _FIRST_NAMED_PORT: Final = 40_001
 _OUTSIDE: Final = (
@@ -231,7 +231,7 @@ def _pieces(objects: Iterable[PolicyObject], named: Iterable[tuple[str, int, int
     for protocol in sorted(
         edges, key=lambda one: (one == OTHER_PROTOCOL, list(NAMES).index(one) if one in NAMES else 9)
     ):
-        last = 255 if protocol in ICMP else 0 if protocol == OTHER_PROTOCOL else 65535
+        last = 255 if protocol in ICMP else 0 if protocol in (OTHER_PROTOCOL, *PORTLESS) else 65535
         starts = sorted(one for one in edges[protocol] if one <= last)
         for low, after in zip(starts, [*starts[1:], last + 1], strict=True):
             yield Piece(protocol=protocol, low=low, high=after - 1)

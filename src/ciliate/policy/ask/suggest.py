@@ -11,7 +11,7 @@ from ciliate.policy.ask.request import HttpRequest
 from ciliate.policy.ask.world import End, PodFacts, World, own_labels, value_of
 from ciliate.policy.image import Direction
 from ciliate.policy.parse import parse_object
-from ciliate.policy.rules import PolicyError
+from ciliate.policy.rules import PORTLESS, PolicyError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +29,9 @@ def smallest_addition(world: World, flow: Flow, direction: Direction, point: tup
     assert here.pod is not None
     document = _policy(here.pod, peer, direction, point, flow.request)
     if document is None:
-        return Addition(document=None, note=f"no rule can name {peer.text}")
+        return Addition(
+            document=None, note=f"no rule can name exactly {peer.text} and protocol {point[0]}, port {point[1]}"
+        )
     try:
         policy = parse_object(document)
     except PolicyError as error:
@@ -58,8 +60,8 @@ def _policy(
     pod: PodFacts, peer: End, direction: Direction, point: tuple[int, int], request: HttpRequest | None
 ) -> dict[str, Any] | None:
     section, prefix = ("egress", "to") if direction is Direction.EGRESS else ("ingress", "from")
-    peers = _peer(pod, peer, prefix)
-    if peers is None:
+    peers, ports = _peer(pod, peer, prefix), _ports(point, request)
+    if peers is None or ports is None:
         return None
     name = f"allow-{section}-{NAMES.get(point[0], str(point[0])).lower()}-{point[1]}"
     return {
@@ -69,7 +71,7 @@ def _policy(
         "spec": {
             "endpointSelector": _selector(own_labels(pod.labels)),
             "enableDefaultDeny": {section: False},
-            section: [{**peers, **_ports(point, request)}],
+            section: [{**peers, **ports}],
         },
     }
 
@@ -94,13 +96,13 @@ def _peer(pod: PodFacts, peer: End, prefix: str) -> dict[str, Any] | None:
     return {f"{prefix}Entities": [narrowest]} if narrowest else None
 
 
-def _ports(point: tuple[int, int], request: HttpRequest | None) -> dict[str, Any]:
+def _ports(point: tuple[int, int], request: HttpRequest | None) -> dict[str, Any] | None:
     protocol, port = point
     if protocol in ICMP:
         family = "IPv4" if NAMES[protocol] == "ICMP" else "IPv6"
         return {"icmps": [{"fields": [{"family": family, "type": port}]}]}
-    if protocol not in NAMES or port == 0:
-        return {}
+    if protocol not in NAMES or (port == 0 and protocol not in PORTLESS):
+        return None  # it would have to allow every port
     block: dict[str, Any] = {"ports": [{"port": str(port), "protocol": NAMES[protocol]}]}
     if request is not None:
         rule = {"method": re.escape(request.method), "path": re.escape(request.path)}

@@ -161,9 +161,14 @@ class _Tracer:
             other = self._by_ref.get(ref)
             if other is None:
                 found.append(f"{rule_text(ref)} decides")
-            elif other.tier is not rule.tier:
+            elif other.tier > rule.tier:
+                if rule.action is not Action.PASS:
+                    found.append(f"a rule before it passes the decision on, and {rule_text(ref)} decides")
+            elif other.tier < rule.tier:
                 found.append(f"{rule_text(ref)} is of tier {other.tier.name.lower()}, which is asked before "
                              f"{rule.tier.name.lower()}")  # fmt: skip
+            elif other.tier is not Tier.NORMAL:
+                found.append(f"{rule_text(ref)} comes before it in tier {other.tier.name.lower()}")
             elif other.action is Action.DENY:
                 found.append(f"{rule_text(ref)} denies, and deny wins")
             else:

@@ -190,6 +190,8 @@ def ports_text(pieces: Sequence[Piece], everything: Sequence[Piece]) -> list[str
     """Return ports as people write them: ``TCP/80``, ``UDP/1000-2000``, ``SCTP``, ``all``."""
     if len(pieces) == len(everything):
         return ["all"]
+    if len(pieces) * 2 > len(everything):
+        return ["all but " + ", ".join(ports_text([one for one in everything if one not in pieces], everything))]
     texts = []
     for protocol in dict.fromkeys(one.protocol for one in pieces):
         mine = [one for one in pieces if one.protocol == protocol]
