@@ -247,6 +247,7 @@ spec:
     - toServices: [{k8sService: {serviceName: db, namespace: shop}}]
     - toNodes: [{matchLabels: {role: edge}}]
     - toCIDRSet: [{cidrGroupRef: offices}]
+    - toFQDNs: [{matchName: Example.com}, {matchPattern: "*.internal.test"}]
 """
 
 
@@ -260,6 +261,9 @@ spec:
         ("198.51.100.7", "allowed", 2),
         ("203.0.113.7", "denied", -1),
         ("shop/api-2", "denied", -1),
+        ("fqdn:example.com.", "allowed", 3),
+        ("fqdn:a.internal.test", "allowed", 3),
+        ("fqdn:a.b.internal.test", "denied", -1),
     ],
 )
 def test_services_nodes_and_groups_count(ciliate, manifests, tmp_path, dst, egress, index):

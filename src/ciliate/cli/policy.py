@@ -123,11 +123,12 @@ def policy_evaluate(
 
         {"src": "shop/web-1", "dst": "shop/api-1", "port": 8080, "protocol": "TCP", "expect": "allowed"}
 
-    src and dst: namespace/pod, an address, a CIDR, node/NAME or reserved:NAME (world, host, remote-node, ...). port: a
-    number, a port name of the destination, or an ICMP type. "http": "GET /path" asks the L7 rules too.
+    src and dst: namespace/pod, an address, a CIDR, node/NAME, fqdn:NAME (an address that was learned for the name) or
+    reserved:NAME (world, host, remote-node, ...). port: a number, a port name of the destination, or an ICMP type.
+    "http": "GET /path" asks the L7 rules too.
     """
     from ciliate.cli.policy_sources import fail, read_flows, read_world
-    from ciliate.policy.ask.evaluate import Evaluator, default_flows
+    from ciliate.policy.ask.evaluate import Evaluator, default_flows, prepared
     from ciliate.policy.ask.flows import parse_point
     from ciliate.policy.ask.world import AskError
 
@@ -140,7 +141,7 @@ def policy_evaluate(
     asked = read_flows(flows, stdin) if flows else list(default_flows(world, points))
     if not asked:
         raise UserError(f"{', '.join(map(str, files))}: fewer than two pods in there; name flows with --flows")
-    found, problems = _answers(Evaluator(world), asked)
+    found, problems = _answers(Evaluator(prepared(world, asked)), asked)
     if problems:
         fail(problems)
     _emit_answers(found, output)

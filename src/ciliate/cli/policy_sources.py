@@ -30,6 +30,9 @@ def read_manifests(files: Sequence[Path], cluster: str, stdin: str = "") -> Sour
         raise UserError(str(error)) from error
     if sources.problems:
         fail(sources.problems)
+    for one in sources.policies.values():
+        for text in one.warnings:
+            print(f"ciliate: warning: {text}", file=sys.stderr)
     return sources
 
 

@@ -6,12 +6,13 @@ from ciliate.policy.ask.census import census, summary
 from ciliate.policy.ask.evaluate import Evaluator, Flow, Verdict
 from ciliate.policy.ask.explain import explain
 from ciliate.policy.ask.flows import parse_flow, parse_point
+from ciliate.policy.ask.names import name_meant
 from ciliate.policy.ask.request import HttpRequest, http_problem, parse_request
 from ciliate.policy.ask.trace import EndTrace, Status, Trace, trace
 from ciliate.policy.ask.world import AskError, World, address_within
 from ciliate.policy.image import Direction
 from ciliate.policy.l7 import HttpRule
-from ciliate.policy.rules import LabelPeer
+from ciliate.policy.rules import FqdnPeer, LabelPeer
 from tests.policy.ask.worlds import world_of
 
 SHOP = """
@@ -375,3 +376,20 @@ def test_an_address_outside_holes_is_found_if_there_is_one() -> None:
     halves = [ip_network("10.0.0.0/31"), ip_network("10.0.0.2/32")]
     assert str(address_within(net, halves)) == "10.0.0.3"
     assert address_within(net, [*halves, ip_network("10.0.0.3/32")]) is None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "meant"),
+    [
+        ("*", "a.b", True),
+        ("*.b", "a.b", True),
+        ("*.b", "x.a.b", False),
+        ("*.b", "b", False),
+        ("**.b", "x.a.b", True),
+        ("**.b", "b", False),
+        ("a*.b", "ab-1.b", True),
+        ("a.b", "axb", False),
+    ],
+)
+def test_patterns_of_names(pattern: str, name: str, meant: bool) -> None:
+    assert name_meant(FqdnPeer(pattern=pattern), name) is meant

@@ -1,6 +1,6 @@
 """The verdict of flows, by the images that the policy engine makes: both ends, and what comes of them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -8,7 +8,7 @@ from ciliate.identity.labels import Labels, Network
 from ciliate.identity.numbers import IdentityId
 from ciliate.identity.selectors import NamedPorts
 from ciliate.policy.ask.request import HttpRequest, judge_request
-from ciliate.policy.ask.world import AskError, End, PodFacts, World
+from ciliate.policy.ask.world import AskError, End, PodFacts, World, dns_name
 from ciliate.policy.engine import PolicyEngine
 from ciliate.policy.image import Direction, PolicyImage, Row, RowVerdict, RuleRef, RuleSet
 from ciliate.policy.l7 import L7Protocol
@@ -239,10 +239,7 @@ def _standing_for_all(world: World) -> list[PodFacts]:
     return found
 
 
-def answers(evaluator: Evaluator, flows: Sequence[Flow], failed: Callable[[Flow, AskError], None]) -> Iterator[Answer]:
-    """Yield the answers in the flows' order; ``failed`` is told of those that cannot be answered."""
-    for flow in flows:
-        try:
-            yield evaluator.answer(flow)
-        except AskError as error:
-            failed(flow, error)
+def prepared(world: World, flows: Iterable[Flow]) -> World:
+    """Return the world with the DNS names that flows are about. Error: AskError."""
+    names = {dns_name(text) for flow in flows for text in (flow.source, flow.destination)} - {"", *world.names}
+    return world.with_objects(world.objects, sorted(names)) if names else world

@@ -8,7 +8,7 @@ from ciliate.identity.labels import CLUSTER, NAMESPACE
 from ciliate.policy.ask.evaluate import Evaluator, Flow, Side, Verdict
 from ciliate.policy.ask.flows import ICMP, NAMES
 from ciliate.policy.ask.request import HttpRequest
-from ciliate.policy.ask.world import End, PodFacts, World, own_labels, value_of
+from ciliate.policy.ask.world import End, PodFacts, World, dns_name, own_labels, value_of
 from ciliate.policy.image import Direction
 from ciliate.policy.parse import parse_object
 from ciliate.policy.rules import PORTLESS, PolicyError
@@ -89,6 +89,8 @@ def _peer(pod: PodFacts, peer: End, prefix: str) -> dict[str, Any] | None:
         if cluster != value_of(pod.labels, CLUSTER):
             labels[f"k8s:{CLUSTER}"] = cluster
         return {f"{prefix}Endpoints": [_selector(labels)]}
+    if name := dns_name(peer.text):
+        return {f"{prefix}FQDNs": [{"matchName": name}]} if prefix == "to" else None
     if peer.network is not None:
         return {f"{prefix}CIDR": [str(peer.network)]}
     names = sorted(one.removeprefix("reserved:") for one in peer.labels if one.startswith("reserved:"))

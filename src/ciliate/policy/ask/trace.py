@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from ciliate.policy.ask.evaluate import Answer, Evaluator, Flow, Side, Verdict, port_of
+from ciliate.policy.ask.evaluate import Answer, Evaluator, Flow, Side, Verdict, port_of, prepared
 from ciliate.policy.ask.flows import rule_text
 from ciliate.policy.ask.probe import Probe
 from ciliate.policy.ask.reasons import named_by, peer_reasons, port_reasons, selector_problems
@@ -65,9 +65,10 @@ class Trace:
     ends: tuple[EndTrace, ...]
 
 
-def trace(world: World, flow: Flow, evaluator: Evaluator | None = None) -> Trace:
+def trace(world: World, flow: Flow) -> Trace:
     """Return the reasons of a flow's verdict. Error: AskError."""
-    evaluator = evaluator or Evaluator(world)
+    world = prepared(world, [flow])
+    evaluator = Evaluator(world)
     answer = evaluator.answer(flow)
     source, destination = world.pair(flow.source, flow.destination)
     tracer = _Tracer(world, evaluator, flow, Probe(world, (source.identity, destination.identity)))

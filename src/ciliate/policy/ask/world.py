@@ -22,8 +22,9 @@ from ciliate.identity.numbers import (
 )
 from ciliate.identity.numbers import scope_of as scope_of_number
 from ciliate.identity.selectors import NamedPorts
+from ciliate.policy.ask.names import name_meant
 from ciliate.policy.engine import PolicyEngine
-from ciliate.policy.rules import CidrGroup, NodePeer, PolicyObject, ServiceFacts
+from ciliate.policy.rules import CidrGroup, FqdnPeer, NodePeer, PolicyObject, ServiceFacts
 
 _RESERVED: Final[Mapping[str, IdentityId]] = {
     one.name.lower().replace("_", "-"): IdentityId(one) for one in Reserved if one is not Reserved.UNKNOWN
@@ -103,6 +104,8 @@ class World:
     """Other names of pods: ``namespace/workload`` for its first replica."""
     namespaces: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Name -> labels, of those that are known."""
+    names: Mapping[str, IdentityId] = field(default_factory=dict)
+    """DNS name -> identity of the addresses that were learned for it."""
     owners: Mapping[str, str] = field(default_factory=dict)
     """Address -> pod or ``node/NAME``."""
 
@@ -120,8 +123,12 @@ class World:
         cluster_id: int = 0,
         dual_stack: bool = True,
         known: Mapping[IdentityId, KnownIdentity] | None = None,
+        names: Iterable[str] = (),
     ) -> "World":
-        """Return the world that facts make; ``known``: numbers that are given already. Error: AskError."""
+        """Return the world that facts make. Error: AskError.
+
+        ``known``: numbers that are given already; ``names``: DNS names for which addresses have been learned.
+        """
         listed = sorted(pods, key=lambda one: (one.namespace, one.name))
         policies = tuple(sorted(objects, key=lambda one: one.key))
         identities = {number: KnownIdentity(labels=labels) for number, labels in reserved_labels().items()}
@@ -136,6 +143,7 @@ class World:
         _number_networks(engine.required_networks(policies), identities, networks)
         if _mentions_nodes(policies):
             _number_nodes(by_name.values(), identities, numbers)
+        known_names = _number_names(names, policies, identities, numbers, dual_stack=dual_stack)
         for pod in listed:
             if not pod.host_network:
                 number = numbers[pod.labels]
@@ -160,12 +168,13 @@ class World:
             cluster_id=cluster_id,
             dual_stack=dual_stack,
             aliases=aliases,
+            names=known_names,
             namespaces=namespaces or {},
             owners=owners,
         )
 
-    def with_objects(self, objects: Iterable[PolicyObject]) -> "World":
-        """Return the same world under other policies; identities keep their numbers."""
+    def with_objects(self, objects: Iterable[PolicyObject], names: Iterable[str] = ()) -> "World":
+        """Return the same world under other policies, with more DNS names; identities keep their numbers."""
         return World.build(
             pods=self.pods.values(),
             nodes=self.nodes.values(),
@@ -177,6 +186,7 @@ class World:
             cluster_id=self.cluster_id,
             dual_stack=self.dual_stack,
             known=self.identities,
+            names=(*self.names, *names),
         )
 
     # ---- engines ----------------------------------------------------------------------------------------------
@@ -213,7 +223,7 @@ class World:
         return End(text=one.text, identity=_RESERVED["host"], labels=self._labels(_RESERVED["host"]), node=one.node)
 
     def end(self, text: str) -> End:
-        """Return whom a text means: namespace/pod, an address, a CIDR, node/NAME, reserved:NAME. Error: AskError."""
+        """Return whom a text means: namespace/pod, address, CIDR, node/N, fqdn:N, reserved:N. Error: AskError."""
         pod = self.pods.get(self.aliases.get(text, text)) or self.pods.get(text)
         if pod is not None:
             return self._of_pod(text, pod)
@@ -222,6 +232,8 @@ class World:
             if number is None:
                 raise AskError(f"{text!r}: there is no such entity; there are {', '.join(sorted(_RESERVED))}")
             return End(text=text, identity=number, labels=self._labels(number))
+        if text.startswith("fqdn:") and (name := dns_name(text)) in self.names:
+            return End(text=text, identity=self.names[name], labels=self._labels(self.names[name]))
         if text.startswith("node/") and (node := self.nodes.get(text.removeprefix("node/"))):
             return self._of_node(text, node.name)
         try:
@@ -365,6 +377,35 @@ def _number_networks(
             number += 1
         networks[network] = IdentityId(number)
         identities[networks[network]] = KnownIdentity(labels=cidr_labels(network), network=network)
+
+
+def dns_name(text: str) -> str:
+    """Return the name of ``fqdn:NAME``, as rules have it; "" if it is none."""
+    return text.removeprefix("fqdn:").lower().removesuffix(".") if text.startswith("fqdn:") else ""
+
+
+def _number_names(
+    names: Iterable[str],
+    objects: Iterable[PolicyObject],
+    identities: dict[IdentityId, KnownIdentity],
+    numbers: dict[Labels, IdentityId],
+    *,
+    dual_stack: bool,
+) -> dict[str, IdentityId]:
+    """An address has a label for each selector that means its name; a name that none means is of the world."""
+    peers = {p for o in objects for s in o.subjects for r in s.rules for p in r.peers or () if isinstance(p, FqdnPeer)}
+    world = _RESERVED["world-ipv4" if dual_stack else "world"]
+    found, number = {}, LOCAL_SCOPE_BASE + 1
+    for name in sorted(set(names)):
+        meant = {f"fqdn:{peer.name or peer.pattern}" for peer in peers if name_meant(peer, name)}
+        labels = frozenset({*meant, *identities[world].labels})
+        if labels not in numbers:
+            while IdentityId(number) in identities:
+                number += 1
+            numbers[labels] = IdentityId(number)
+            identities[numbers[labels]] = KnownIdentity(labels=labels)
+        found[name] = numbers[labels]
+    return found
 
 
 def _mentions_nodes(objects: Iterable[PolicyObject]) -> bool:
