@@ -388,8 +388,13 @@ def test_services_by_name_and_by_labels() -> None:
     assert peers(only_rule(cilium(egressDeny=[{"toServices": [{"k8sService": {"serviceName": "db"}}]}])))
 
 
+def test_an_entry_that_names_no_service_is_nobody() -> None:
+    policy = parsed(cilium(egress=[{"toServices": [{}], "toPorts": ports(tcp())}]))
+    assert policy.subjects[0].rules[0].peers == ()
+    assert "spec.egress[0].toServices[0]: names no Service" in policy.warnings[0]
+
+
 SERVICES = [
-    ({}, "one of k8sService, k8sServiceSelector must be set"),
     ({"k8sService": {}}, "k8sService.serviceName: must be set"),
     ({"k8sService": {"serviceName": ""}}, "k8sService.serviceName: must not be empty"),
     ({"k8sServiceSelector": {}}, "k8sServiceSelector.selector: must be set"),

@@ -103,6 +103,11 @@ def _node(at: At, place: Place, init: bool) -> tuple[Peer, ...]:
 def _service(at: At, place: Place, init: bool) -> tuple[Peer, ...]:
     del init
     service, chosen = at.child("k8sService"), at.child("k8sServiceSelector")
+    if service.absent and chosen.absent:
+        at.warn("names no Service: it is about nobody")
+        return ()
+    if not service.absent and not chosen.absent:
+        at.fail("k8sService and k8sServiceSelector cannot be combined: write two entries")
     if service.absent:
         return (ServicePeer(namespace=chosen.text("namespace"), selector=cilium_selector(chosen.child("selector"))),)
     namespace = service.text("namespace") or place.owner.namespace

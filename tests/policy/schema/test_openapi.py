@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import re2
 import yaml
 
 from ciliate.policy.parse import parse_cidr_group, parse_object
@@ -49,6 +50,8 @@ def structural(schema: dict[str, Any], where: str = "") -> Iterator[str]:
             yield f"{where}: {branch} is not only about required"
     if set(schema) & {"$ref", "$schema", "definitions", "default", "not", "allOf"}:
         yield f"{where}: a word that is not used here"
+    if "pattern" in schema:
+        re2.compile(schema["pattern"])  # the API server's regular expressions are those of RE2
     for name, one in schema.get("properties", {}).items():
         yield from structural(one, f"{where}.{name}")
     for name in ("items", "additionalProperties"):

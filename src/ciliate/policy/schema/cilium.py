@@ -54,7 +54,6 @@ FQDN_SELECTOR: Final = Fields(
 )
 SERVICE: Final = Fields(
     name="toServices[]",
-    one_of=("k8sService", "k8sServiceSelector"),
     fields=fields(
         k8sService=Field(
             of=Fields(
@@ -63,7 +62,7 @@ SERVICE: Final = Fields(
                     namespace=Field(of=ANY_TEXT, text="Its namespace; absent: the policy's own."),
                 )
             ),
-            text="One Service.",
+            text="One Service. Not with `k8sServiceSelector`; an entry with neither is about nobody.",
         ),
         k8sServiceSelector=Field(
             of=Fields(
