@@ -453,6 +453,23 @@ def test_classes_have_rows_only_where_they_differ() -> None:
     assert len(image.members[A]) == 1
 
 
+def test_a_rule_for_all_ports_is_one_row_beside_the_ports_that_are_open_to_anyone() -> None:
+    rules = [rule(tcp(20000 + index)) for index in range(60)]
+    engine = engine_with(policy("p", *rules, rule(peers=[app("a")]), rule(tcp(20001), action=DENY, peers=[app("a")])))
+    image = engine.resolve(SELF)[INGRESS]
+    assert image is not None
+    assert [(row.key.port, row.verdict.name) for row in image.members[A]] == [(0, "ALLOW"), (20001, "DENY")]
+    assert [row.rules[0].index for row in image.members[A]] == [60, 61]
+
+
+def test_all_ports_but_one_are_two_rows() -> None:
+    engine = engine_with(policy("p", rule(PortSpec(protocol=6)), rule(tcp(80), action=DENY)))
+    image = engine.resolve(SELF)[INGRESS]
+    assert image is not None
+    for rows in image.defaults.values():
+        assert [(row.key.bits, row.key.port, row.verdict.name) for row in rows] == [(0, 0, "ALLOW"), (16, 80, "DENY")]
+
+
 def test_a_pod_peer_of_any_namespace_is_the_whole_cluster() -> None:
     anywhere = Requirement(key="k8s:io.kubernetes.pod.namespace", operator=Operator.EXISTS)
     engine = engine_with(to(LabelPeer(selector=Selector(requirements=(anywhere,)))))

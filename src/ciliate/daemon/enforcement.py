@@ -127,7 +127,8 @@ class Enforcement:
         networks = {*self.engine.required_networks(), *self.engine.required_networks(self._changed(objects))}
         fresh = self._cidrs.acquire(networks)
         for network, identity in self._cidrs.numbers.items():
-            self.engine.identities.add(identity, cidr_labels(network), network)
+            if identity not in self.engine.identities.rows:
+                self.engine.identities.add(identity, cidr_labels(network), network)
         if fresh:
             await self._apply(outcome)
         self.table.cidrs = dict(self._cidrs.numbers)

@@ -170,7 +170,7 @@ class LabelIndex:
     def __init__(self) -> None:
         self.everyone: Bitmap = 0
         self.generation = 0
-        self._postings: dict[Key, set[int]] = {}
+        self._postings: dict[Key, int | set[int]] = {}  # most keys have one row: no set for these
         self._bitmaps: dict[Key, Bitmap] = {}
         self._watches: dict[Key, dict[Watch, None]] = {}
         self._free: list[int] = []
@@ -198,7 +198,9 @@ class LabelIndex:
         for key in keys:
             posting = postings.get(key)
             if posting is None:
-                postings[key] = {position}
+                postings[key] = position
+            elif isinstance(posting, int):
+                postings[key] = {posting, position}
             else:
                 posting.add(position)
             if key in bitmaps:
@@ -209,11 +211,12 @@ class LabelIndex:
         self.everyone &= ~bit
         for key in keys:
             posting = self._postings[key]
-            posting.discard(position)
-            if not posting:
+            if isinstance(posting, int) or len(posting) == 1:
                 del self._postings[key]
                 self._bitmaps.pop(key, None)
-            elif key in self._bitmaps:
+                continue
+            posting.remove(position)
+            if key in self._bitmaps:
                 self._bitmaps[key] &= ~bit
 
     def _notify(self, position: int, before: set[Key], after: set[Key] | None) -> None:
@@ -239,6 +242,8 @@ class LabelIndex:
             posting = self._postings.get(key)
             if posting is None:
                 return 0
+            if isinstance(posting, int):
+                return 1 << posting
             found = self._bitmaps[key] = bitmap_of(posting)
         return found
 
@@ -284,13 +289,14 @@ class LabelIndex:
 
     def _breadth(self, keys: frozenset[Key]) -> tuple[int, int, int]:
         """How many rows have one of the keys, and, before there are rows, how many watches ask for it already."""
-        rows = sum(len(self._postings.get(key, ())) for key in keys)
+        postings = [self._postings.get(key, ()) for key in keys]
+        rows = sum(1 if isinstance(one, int) else len(one) for one in postings)
         watches = sum(len(self._watches.get(key, ())) for key in keys)
         return rows, watches, max(map(_rank, keys), default=0)
 
     def stored(self) -> int:
         """Return how many postings and watches are kept: none when all is removed."""
-        return len(self._postings) + len(self._bitmaps) + len(self._watches)
+        return len(self._postings) + len(self._watches)
 
 
 def _rank(key: Key) -> int:

@@ -100,7 +100,7 @@ class Compiled:
             for low, high, mine, answer in self._laid_over(protocol, own.get(protocol, ()), everything=everything):
                 theirs, before = answer
                 now = judge((*mine, *theirs, *everywhere, *self.everywhere)) if mine or theirs else base
-                if now != (base if rebased else before):
+                if not (_covers(base, now) if rebased else now == before):
                     parts.append((low, high, now))
             found += self._emit(protocol, parts)
         return _sorted(found)
@@ -137,6 +137,10 @@ class Compiled:
             else:
                 merged.append((low, high, answer))
         found = []
+        usual = _usual(protocol, merged)
+        if usual is not None:  # one row for the protocol, and longer prefixes for the ports that are otherwise
+            found.append(self._row(protocol, PortPrefix(protocol=protocol), usual[2], ""))
+            merged = [one for one in merged if one[2] != usual[2]]
         for low, high, answer in merged:
             name = f"{self._where} {protocol}/{low}-{high}" if answer is not None and answer.l7 else ""
             first, *rest = port_prefixes(protocol, low, high)
@@ -164,6 +168,28 @@ class Compiled:
             provenance=f"{name or self._where} {l7.objects}",
         )
         return Row(key=key, verdict=answer.verdict, rules=answer.rules, ruleset=ruleset)
+
+
+def _usual(protocol: int, parts: Sequence[Part]) -> Part | None:
+    """The answer that takes most prefixes, if ``parts`` are about all ports of a protocol; None: it saves nothing."""
+    ports = sum(high - low + 1 for low, high, _ in parts)
+    if ports <= LAST_PORT or len(parts) < 2:
+        return None
+    plain = [one for one in parts if one[2] is None or (one[2].l7 is None and not one[2].problem)]
+    return max(plain, key=lambda one: len(port_prefixes(protocol, one[0], one[1])), default=None)
+
+
+def _covers(base: Answer | None, answer: Answer | None) -> bool:
+    """Whether the row of all protocols says what holds here.
+
+    More rules may agree here. A row for each of them would be (rules for everybody) x (identities with a rule for all
+    ports), so what is reported is one that holds for all ports.
+    """
+    if base is None or answer is None:
+        return base is answer
+    if (base.verdict, base.l7, base.problem) != (answer.verdict, answer.l7, answer.problem):
+        return False
+    return set(base.rules) <= set(answer.rules)
 
 
 def _problem(answer: Answer, protocol: int, key: PortPrefix) -> str:
