@@ -19,6 +19,7 @@ from ciliate.identity.numbers import IdentityId
 from ciliate.k8s.objects import Pod, namespace_of
 from ciliate.policy.engine import PolicyEngine
 from ciliate.policy.parse import parse_object
+from ciliate.policy.rules import CidrGroup
 
 POLICY = {
     "apiVersion": "cilium.io/v2",
@@ -93,6 +94,17 @@ async def test_a_trace_has_the_numbers_that_the_datapath_has(agent: Any) -> None
     assert found["destination"]["identity"] == 701
     status, found = await ask(agent, src="10.1.0.0", dst="10.1.0.1", port=80)
     assert (found["final"], found["source"]["pod"], found["destination"]["pod"]) == ("denied", "shop/web", "shop/api")
+
+
+async def test_groups_and_services_of_the_agent_count() -> None:
+    rule = {"fromCIDRSet": [{"cidrGroupRef": "offices"}]}
+    policy = {**POLICY, "spec": {"endpointSelector": {"matchLabels": {"app": "api"}}, "ingress": [rule]}}
+    agent = fake_agent([pod("api", "api")], [policy])
+    assert (await ask(agent, src="198.51.100.9", dst="shop/api", port=80))[1]["final"] == "denied"
+    agent.engine.set_cidr_group(
+        CidrGroup(name="offices", labels=frozenset(), networks=(ip_network("198.51.100.0/24"),))
+    )
+    assert (await ask(agent, src="198.51.100.9", dst="shop/api", port=80))[1]["final"] == "allowed"
 
 
 async def test_this_node_is_the_host_of_its_pods(agent: Any) -> None:

@@ -24,7 +24,7 @@ from ciliate.policy.ask.documents import selectors_document, trace_document
 from ciliate.policy.ask.flows import parse_flow
 from ciliate.policy.ask.trace import trace
 from ciliate.policy.ask.world import AskError, KnownIdentity, NodeFacts, PodFacts, World
-from ciliate.policy.rules import PolicyObject
+from ciliate.policy.rules import CidrGroup, PolicyObject, ServiceFacts
 
 if TYPE_CHECKING:
     from ciliate.daemon.agent import Agent
@@ -43,6 +43,8 @@ class Snapshot:
     addresses: Mapping[str, PodAddress]
     nodes: list[NodeAddresses]
     policies: list[PolicyObject]
+    groups: list[CidrGroup]
+    services: list[ServiceFacts]
     cluster: str
     cluster_id: int
     dual_stack: bool
@@ -50,6 +52,7 @@ class Snapshot:
     @classmethod
     def of(cls, agent: "Agent") -> "Snapshot":
         """Copy an agent's state; to be called in its loop."""
+        groups, services = agent.engine.facts()
         return cls(
             pods=list(agent.cluster.pods.values()),
             namespaces=dict(agent.cluster.namespaces),
@@ -57,6 +60,8 @@ class Snapshot:
             addresses=dict(agent.table.pods),
             nodes=list(agent.table.nodes.values()),
             policies=list(agent.engine.objects()),
+            groups=groups,
+            services=services,
             cluster=agent.config.cluster_name,
             cluster_id=agent.config.cluster_id,
             dual_stack=agent.config.ipv4 and agent.config.ipv6,
@@ -71,6 +76,8 @@ class Snapshot:
             pods=[self._pod(pod, addresses) for pod in self.pods],
             nodes=[NodeFacts(name=n.name, addresses=tuple(map(str, n.addresses))) for n in self.nodes],
             objects=self.policies,
+            groups=self.groups,
+            services=self.services,
             namespaces={name: one.labels for name, one in self.namespaces.items()},
             cluster=self.cluster,
             cluster_id=self.cluster_id,
