@@ -118,14 +118,16 @@ def policy_evaluate(
 ) -> None:
     """Say what policies do to flows: no agent, no cluster, no root.
 
-    Reads Namespaces, Pods, workloads (their replicas are NAME-1, NAME-2, ...), Nodes, Services, CiliumCIDRGroups and
-    policies. A flow is
+    Reads Namespaces, Pods, workloads (replicas: NAME-1, NAME-2, ...), Nodes,
+    Services, CiliumCIDRGroups and policies. A flow is
 
-        {"src": "shop/web-1", "dst": "shop/api-1", "port": 8080, "protocol": "TCP", "expect": "allowed"}
+        {"src": "shop/web-1", "dst": "shop/api-1", "port": 8080, "expect": "allowed"}
 
-    src and dst: namespace/pod, an address, a CIDR, node/NAME, fqdn:NAME (an address that was learned for the name) or
-    reserved:NAME (world, host, remote-node, ...). port: a number, a port name of the destination, or an ICMP type.
-    "http": "GET /path" asks the L7 rules too.
+    src, dst: namespace/pod, an address, a CIDR, node/NAME, fqdn:NAME (an address
+    learned for it) or reserved:NAME (world, host, remote-node, ...).
+
+    port: a number, a port name of the destination, or an ICMP type; "protocol":
+    TCP unless given. "http": "GET /path" asks the L7 rules too.
     """
     from ciliate.cli.policy_sources import fail, read_flows, read_world
     from ciliate.policy.ask.evaluate import Evaluator, default_flows, prepared
@@ -214,8 +216,8 @@ def policy_trace(
 ) -> None:
     """Say what would happen to a connection and why, with -f from manifests, else by an agent's own state.
 
-    Shows the rules that decide, those that nearly do and what differs, and, if it is denied, the smallest policy that
-    would allow it. Exit code 0 whatever the verdict.
+    Shows the rules that decide, those that nearly do and what differs, and, if it
+    is denied, the smallest policy that would allow it. Exit code 0 in any case.
     """
     question = {"src": source, "dst": destination, **_port_fields(port)} | ({"http": l7} if l7 else {})
     if files:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 verify = typer.Typer(
     help="""Prove properties of policies, or show a connection that breaks them. Exit code 1 when one does not hold.
 
-    The answer is about every pod that could be, as far as policies tell pods apart, not only about those in the
-    manifests; and about every protocol and port. Nothing is tried out: no cluster, no agent, no root.
+    The answer is about every pod that could be, as far as policies tell pods apart,
+    and about every protocol and port. No cluster, no agent, no root.
     """,
     no_args_is_help=True,
 )
@@ -50,7 +50,7 @@ def verify_reach(
 
     ciliate policy verify reach -f k8s/ --to shop/db-1:5432 --only app=api,tier=backend
 
-    --only takes namespace/pod, namespace:NAME, KEY=VALUE,KEY=VALUE, a CIDR, or reserved:NAME.
+    --only takes namespace/pod, namespace:NAME, KEY=VALUE,KEY=VALUE, a CIDR or reserved:NAME.
     """
     from ciliate.policy.ask.verify import reach
 
@@ -92,7 +92,7 @@ def verify_equivalent(
 
     ciliate policy verify equivalent -f before/ --against after/ --context cluster/
 
-    Pods and namespaces may be in either set or in the context; a pod that could be is looked at as well.
+    Pods and namespaces may be in either set or in the context.
     """
     from ciliate.cli.policy_sources import read_manifests
     from ciliate.policy.ask.verify import equivalent

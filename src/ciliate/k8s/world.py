@@ -76,7 +76,7 @@ def texts_of(sources: Sequence[Path], stdin: str = "") -> list[tuple[str, str]]:
             texts.append(("standard input", stdin))
             continue
         try:
-            paths = sorted(p for p in source.rglob("*") if p.suffix in SUFFIXES) if source.is_dir() else [source]
+            paths = sorted(p for p in source.iterdir() if p.suffix in SUFFIXES) if source.is_dir() else [source]
             texts += [(str(path), path.read_text()) for path in paths]
         except OSError as error:
             raise AskError(f"{error.filename}: {error.strerror}") from error
