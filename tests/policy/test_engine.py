@@ -434,6 +434,16 @@ def test_the_pair_is_the_same_object_until_something_changes() -> None:
     assert engine.resolve(SELF) is engine.resolve(SELF)
 
 
+def test_all_that_share_an_image_see_it_change() -> None:
+    engine = engine_with(policy("p", rule(tcp(80), peers=[app("a")])))
+    who = [(SELF, frozenset({("web", 6, 1)})), (SELF, frozenset({("web", 6, 2)})), (SELF | {"k8s:more=1"}, frozenset())]
+    first = [engine.resolve(*one)[INGRESS] for one in who]
+    engine.identities.remove(A)
+    second = [engine.resolve(*one)[INGRESS] for one in who]
+    for image, before in zip(second, first, strict=True):
+        assert image is second[0] is not before and image is not None and A not in image.members
+
+
 def test_a_changed_rule_leaves_images_alone_that_do_not_have_it() -> None:
     one = policy("p", rule(tcp(80), peers=[app("a")]))
     other = policy("q", rule(tcp(80), peers=[app("a")]), selector=need(app="other"))

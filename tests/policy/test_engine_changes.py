@@ -168,7 +168,7 @@ def images(engine: PolicyEngine) -> list[PolicyImage | None]:
     return [image for labels, ports in SUBJECTS for image in engine.resolve(labels, ports)]
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(steps=st.lists(STEPS, max_size=40), order=st.randoms(use_true_random=False))
 def test_any_way_to_a_state_gives_the_images_of_that_state(steps: list[tuple[str, Any, Any]], order: Any) -> None:
     engine = PolicyEngine()
@@ -209,7 +209,7 @@ def allowed(
     return {str(one.method) for one, _ in row.ruleset.rules}  # type: ignore[union-attr]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(policies=st.lists(objects(), max_size=4), steps=st.lists(STEPS, max_size=20), who=IDENTITIES, names=NAMES)
 def test_an_identity_gets_no_more_before_it_is_known(
     policies: list[PolicyObject], steps: list[tuple[str, Any, Any]], who: Any, names: set[tuple[str, int, int]]
@@ -279,7 +279,7 @@ def gives(listed: Sequence[Entry], imposing: bool) -> frozenset[str]:
     return frozenset(str(one.method) for one, _ in answer.l7.rules)  # type: ignore[union-attr]
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(sure=st.lists(entries(), max_size=3), maybe=st.lists(entries(), max_size=4), imposing=st.booleans())
 def test_an_unknown_identity_gets_no_more_than_any_identity_may(
     sure: list[Entry], maybe: list[Entry], imposing: bool
@@ -294,9 +294,6 @@ def test_an_unknown_identity_gets_no_more_than_any_identity_may(
         given_methods = frozenset({"GET", "PUT", "*"})
     else:
         given_methods = frozenset(str(one.method) for one, _ in answer.l7.rules)  # type: ignore[union-attr]
-    if any(one.tier is Tier.NORMAL and one.l7 is not None for one in maybe) and not any(
-        one.tier is not Tier.NORMAL or one.action is Action.DENY for one in maybe
-    ):
-        # An allowed identity may be asked for more by an L7 rule of the same tier, which then allows the rest as well.
-        assert given_methods == gives(sure, imposing)
+    if all(one.tier is Tier.NORMAL for one in [*sure, *maybe]) and all(one.action is Action.ALLOW for one in maybe):
+        assert given_methods == gives(sure, imposing)  # what only adds takes nothing away
     assert given_methods <= least

@@ -166,15 +166,13 @@ class Enforcement:
 
     async def _apply(self, outcome: Pass, desired: Desired | None = None) -> None:
         images = self._resolve() if desired is None else desired
-        index = self.engine.identities
+        index, complete = self.engine.identities, self.complete
         version = index.version
         known: Known | None = index.changes(self._version) if self._version >= 0 else None
         if known is None:
             known = list(index.rows)
-        report: PolicyReport = await asyncio.to_thread(
-            self._datapath.apply_policy, images, known, complete=self.complete
-        )
-        if self.complete:  # before that, what went is left in place: it has to be named again
+        report: PolicyReport = await asyncio.to_thread(self._datapath.apply_policy, images, known, complete=complete)
+        if complete:  # before that, what went is left in place: it has to be named again
             self._version = version
         outcome.epoch, outcome.rows_written = report.epoch, outcome.rows_written + report.rows_written
         outcome.problems += [str(alarm) for alarm in report.alarms if str(alarm) not in outcome.problems]

@@ -182,7 +182,7 @@ class PolicyMaps:
     def rulesets_of(self, desired: Desired) -> Mapping[int, RuleSet]:
         """Return the rule sets that ``apply(desired)`` will redirect to, by id: the proxy must have them before."""
         images = _images(desired)
-        numbers = RulesetNumbers(self._ids)
+        numbers = RulesetNumbers(self._ids, like=self._rulesets)
         used = self._used_rulesets
         numbers.use(
             one

@@ -127,16 +127,17 @@ class RuleIds:
 class RulesetNumbers:
     """Numbers of the rule sets in use. ``by_number``: what the proxy must enforce."""
 
-    def __init__(self, ids: RuleIds) -> None:
+    def __init__(self, ids: RuleIds, *, like: "RulesetNumbers | None" = None) -> None:
+        """``like``: has most of the rule sets already."""
         self.by_number: dict[int, RuleSet] = {}
         self._ids = ids
-        self._known: dict[int, tuple[RuleSet, str]] = {}
+        self._known: dict[int, tuple[RuleSet, str]] = dict(like._known) if like is not None else {}
         self._numbers: dict[int, int] = {}
 
     def use(self, rulesets: Iterable[RuleSet]) -> bool:
         """Make these the rule sets in use; return whether one that was in use has another number now."""
         listed = {id(one): one for one in rulesets}
-        if listed.keys() == self._known.keys():
+        if listed.keys() == self._numbers.keys():
             return False
         known = {key: self._known.get(key) or (one, ruleset_content(one)) for key, one in listed.items()}
         names = _names(known)

@@ -192,6 +192,9 @@ def decide_unknown(sure: Sequence[Entry], maybe: Sequence[Entry], *, imposing: b
         else:
             rest = _walk(sure, maybe, Tier.BASELINE)
             results += [*rest.ends, *([_ALLOWED] if rest.goes_on else [])]
+            asked = [one for one in unsure if one.l7 is not None]
+            if asked and any(one.l7 is not None for one in rest.ends):  # either's rules may hold, not both
+                results.append(Answer(RowVerdict.DENY, _refs(asked)))
     return _least(results)
 
 

@@ -226,6 +226,9 @@ class PolicyEngine:
 
     def resolve_host(self, labels: Labels) -> Pair:
         """Return the (egress, ingress) images of the node itself. ``labels``: the node's, and ``reserved:host``."""
+        for one in self._nodes.all():
+            if one.labels != labels:  # a node has one set of labels: these were its former ones
+                self._drop_images(self._nodes.drop(one.labels))
         return self._pair(self._nodes, labels, frozenset(), node=True)
 
     def selecting(self, labels: Labels) -> list[Key]:
@@ -273,7 +276,7 @@ class PolicyEngine:
                 resolved.stale = True
         if not one.moved and (found := one.pairs.get(ports)) is not None:
             egress, ingress, pair = found
-            if (egress is None or not egress.stale) and (ingress is None or not ingress.stale):
+            if (egress is None or egress.latest is pair[0]) and (ingress is None or ingress.latest is pair[1]):
                 return pair
         self._ordered(one)
         if len(one.images) >= _VARIANTS:

@@ -135,8 +135,8 @@ class Resolved:
         self._compile()
         self._layers: list[_Layer] = []
         self._seen: list[Bitmap] = []
-        self._parts: dict[Signature, Bitmap] = {}
         self._places: dict[int, int] = {}
+        self._built = 0
         self._generation = -1
         self._image: PolicyImage | None = None
         self.stale = self._renamed = True
@@ -275,6 +275,11 @@ class Resolved:
 
     # ---- the image ------------------------------------------------------------------------------------------------
 
+    @property
+    def latest(self) -> PolicyImage | None:
+        """The image, None if it has to be looked at anew."""
+        return None if self.stale else self._image
+
     def image(self) -> PolicyImage:
         """Return the image as of now."""
         if self._image is None or self.stale:
@@ -296,7 +301,7 @@ class Resolved:
             if moved.bit_count() <= _FEW and self._image is not None:
                 return self._with(self._change(self._image, positions_of(moved).tolist(), now))
         self._generation = self._index.generation
-        self._seen, self._parts = now, partition(now)
+        self._seen = now
         return self._with(self._build())
 
     def _with(self, members: Members) -> PolicyImage:
@@ -320,7 +325,7 @@ class Resolved:
         self._places = {}
         classes: list[ClassRows] = []
         numbers, places = [], []
-        for signature, part in self._parts.items():
+        for signature, part in partition(self._seen).items():
             for scope, mask in masks.values():
                 some = part & mask
                 rows = self._rows(signature, scope) if some else ()
@@ -332,6 +337,7 @@ class Resolved:
                 found = index.members(some)
                 numbers.append(found)
                 places.append(np.full(len(found), self._places[id(rows)], np.int32))
+        self._built = len(classes)
         if not numbers:
             return Members(np.zeros(0, np.uint32), np.zeros(0, np.int32), ())
         joined, placed = np.concatenate(numbers), np.concatenate(places)
@@ -343,9 +349,7 @@ class Resolved:
         old = Members.of(image.members)
         fresh: dict[int, ClassRows] = {}
         for position in moved:
-            bit = 1 << position
-            before, after = signature_at(self._seen, position), signature_at(now, position)
-            self._move(before, after, bit)
+            after = signature_at(now, position)
             identity = IdentityId(int(self._index.numbers[position]))
             row = self._index.rows.get(identity)
             if row is not None and row.position != position:
@@ -357,7 +361,7 @@ class Resolved:
             if rows and id(rows) not in self._places:
                 self._places[id(rows)] = len(classes)
                 classes.append(rows)
-        if len(classes) > 2 * len(self._parts) * len(Scope) + _FEW:
+        if len(classes) > 2 * self._built + _FEW:  # most of them nobody has any more
             return self._build()
         keep = np.ones(len(old.identities), np.bool_)
         touched = np.array(list(fresh), np.uint32)
@@ -373,16 +377,6 @@ class Resolved:
         same = np.array_equal(members.identities, old.identities) and np.array_equal(members.places, old.places)
         return old if same else members
 
-    def _move(self, before: Signature, after: Signature, bit: Bitmap) -> None:
-        if before:
-            rest = self._parts[before] & ~bit
-            if rest:
-                self._parts[before] = rest
-            else:
-                del self._parts[before]
-        if after:
-            self._parts[after] = self._parts.get(after, 0) | bit
-
     def problems(self) -> Iterator[str]:
         """Yield why rules of this image cannot be served as written."""
         self.image()
@@ -392,7 +386,7 @@ class Resolved:
             compiled.problems.clear()
             compiled.rows()
             yield from tuple(compiled.problems)
-        for signature, part in self._parts.items():
+        for signature, part in partition(self._seen).items():
             for scope, mask in self._index.scopes.items():
                 if part & mask:
                     yield from self._rows_and_problems(signature, scope)[1]
