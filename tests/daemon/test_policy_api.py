@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 from ipaddress import ip_address, ip_network
 from types import SimpleNamespace
 from typing import Any
@@ -137,24 +136,23 @@ async def test_selectors_and_objects(agent: Any) -> None:
 async def test_the_loop_goes_on_while_a_long_question_is_answered() -> None:
     policies = [
         {**POLICY, "metadata": {"name": f"p{n}", "namespace": "shop"}} for n in range(300)
-    ]  # each asked twice, with 2000 pods around
-    agent = fake_agent([pod(f"p{n}", f"a{n}") for n in range(2000)] + [pod("api", "api")], policies)
-    worst, began = 0.0, time.monotonic()
+    ]  # each asked twice, with 4000 pods around
+    agent = fake_agent([pod(f"p{n}", f"a{n}") for n in range(4000)] + [pod("api", "api")], policies)
+    turns = 0
 
     async def watch() -> None:
-        nonlocal worst
+        nonlocal turns
         while True:
-            before = time.monotonic()
             await asyncio.sleep(0.005)
-            worst = max(worst, time.monotonic() - before)
+            turns += 1
 
     async with client(agent) as http:
         watcher = asyncio.get_running_loop().create_task(watch())
         answer = await http.get("/v1/policy/selectors")
-        took = time.monotonic() - began
         watcher.cancel()
     assert len(answer.json()) == 600
-    assert worst < max(0.2, took / 3)
+    # an answer computed in the loop would leave it a turn or two; how long each takes is the machine's affair
+    assert turns > 4
 
 
 def test_a_snapshot_is_not_changed_by_what_comes_after(agent: Any) -> None:
