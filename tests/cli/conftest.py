@@ -18,7 +18,7 @@ class FakeAgent:
     """``answers``: path below /v1 -> (status, document), or bytes that are sent as they are."""
 
     def __init__(self, path):
-        self.path, self.answers, self.asked = path, {}, []
+        self.path, self.answers, self.asked, self.posted = path, {}, [], []
         agent = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -30,6 +30,10 @@ class FakeAgent:
                 self.send_response(status)
                 self.end_headers()
                 self.wfile.write(document if isinstance(document, bytes) else json.dumps(document).encode())
+
+            def do_POST(self):
+                agent.posted.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                self.do_GET()
 
             def log_message(self, *_):
                 pass

@@ -2,14 +2,14 @@
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ciliate.cli.lab import lab
 from ciliate.cli.monitor import monitor
-from ciliate.cli.output import Output, cell, emit_document, emit_json, emit_rows
+from ciliate.cli.output import Output, emit_document, emit_json, emit_rows
+from ciliate.cli.policy import policy
 from ciliate.cli.target import ClusterOption, NodeOption, OutputOption, SocketOption, agent
 from ciliate.client import UserError
 
@@ -22,7 +22,6 @@ app = typer.Typer(
 )
 endpoint = typer.Typer(help="Pods of a node, as the datapath knows them.", no_args_is_help=True)
 identity = typer.Typer(help="Security identities: numbers that stand for sets of labels.", no_args_is_help=True)
-policy = typer.Typer(help="Network policies.", no_args_is_help=True)
 bpf = typer.Typer(help="What is in the node's BPF maps.", no_args_is_help=True)
 app.add_typer(lab, name="lab")
 app.add_typer(endpoint, name="endpoint")
@@ -129,59 +128,6 @@ def identity_get(
             emit_document(row, output)
             return
     raise UserError(f"identity {number}: this node does not know it; see `ciliate identity list`")
-
-
-@policy.command("list")
-def policy_list(
-    output: OutputOption = Output.table,
-    node: NodeOption = None,
-    cluster: ClusterOption = None,
-    socket: SocketOption = None,
-) -> None:
-    """List policies, and whether this node enforces them."""
-    rows = agent(socket, node, cluster).get("policies")
-    emit_rows(rows, output, ("kind", "namespace", "name", "state", "message"))
-
-
-@policy.command("get")
-def policy_get(
-    name: Annotated[str, typer.Argument(metavar="POLICY", help="NAME or NAMESPACE/NAME.")],
-    output: OutputOption = Output.table,
-    node: NodeOption = None,
-    cluster: ClusterOption = None,
-    socket: SocketOption = None,
-) -> None:
-    """Show the policies of a name."""
-    rows = agent(socket, node, cluster).get("policies")
-    found = [row for row in rows if name in (row["name"], f"{row['namespace']}/{row['name']}")]
-    if not found:
-        raise UserError(f"policy {name}: this node has none of that name; see `ciliate policy list`")
-    if len(found) == 1 or output is Output.json:
-        emit_document(found[0], output) if len(found) == 1 else emit_json(found)
-        return
-    emit_rows(found, output)
-
-
-@policy.command("validate")
-def policy_validate(
-    files: Annotated[list[Path], typer.Option("--filename", "-f", help="File or directory; - is standard input.")],
-    output: OutputOption = Output.table,
-) -> None:
-    """Check policies without a cluster: every problem is named with object and field. Exit code 1 if there is one."""
-    from ciliate.cli.validate import validate
-
-    rows = validate(files, sys.stdin.read() if Path("-") in files else "")
-    if output is Output.json:
-        emit_json(rows)
-    for row in rows:
-        for text in row["warnings"]:
-            print(f"ciliate: warning: {text}", file=sys.stderr)
-        if output is Output.table and not row["error"]:
-            print(f"{row['object']}: valid ({cell(row['rules'])} rules)")
-        elif row["error"]:
-            print(f"ciliate: {row['error']}", file=sys.stderr)
-    if any(row["error"] for row in rows):
-        raise typer.Exit(1)
 
 
 _TABLES: dict[str, tuple[str, tuple[str, ...] | None]] = {

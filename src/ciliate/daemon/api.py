@@ -1,7 +1,7 @@
 """The agent's API: HTTP/1.1 with JSON over a unix socket, for the CLI, the CNI relay and probes."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -40,8 +40,12 @@ def application(
     hub: Hub,
     sync: Callable[[], Awaitable[Any]],
     cni: Callable[[CniCall], Awaitable[Any]],
+    more: Sequence[Route] = (),
 ) -> Starlette:
-    """Return the application. ``answers``: path below /v1 -> what GET returns; ``table``: rows of a BPF table."""
+    """Return the application. ``answers``: path below /v1 -> what GET returns; ``table``: rows of a BPF table.
+
+    ``more``: routes of other modules.
+    """
 
     async def get_health(_: Request) -> Response:
         document = health()
@@ -92,6 +96,7 @@ def application(
             Route("/v1/monitor", monitor),
             Route("/v1/sync", post_sync, methods=["POST"]),
             Route("/v1/cni", post_cni, methods=["POST"]),
+            *more,
         ]
     )
 

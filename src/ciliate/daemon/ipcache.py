@@ -42,6 +42,16 @@ class IpTable:
         self._cidrs: dict[Network, IdentityId] = {}
         self._touched: set[Network] = set()
 
+    @property
+    def pods(self) -> Mapping[str, PodAddress]:
+        """Pods by address."""
+        return self._pods
+
+    @property
+    def nodes(self) -> Mapping[str, NodeAddresses]:
+        """Nodes by name."""
+        return self._nodes
+
     def pod(self, address: str) -> PodAddress | None:
         """Return the pod that has an address."""
         return self._pods.get(address)

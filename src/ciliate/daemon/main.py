@@ -10,6 +10,7 @@ import structlog
 from ciliate.daemon.agent import Agent
 from ciliate.daemon.api import Unknown, application
 from ciliate.daemon.config import AgentConfig, ConfigError, arguments
+from ciliate.daemon.policy_api import policy_routes
 from ciliate.daemon.tables import TABLES, table_rows
 from ciliate.daemon.wiring import AgentWiring
 from ciliate.unixserver import listen, serve
@@ -94,4 +95,5 @@ def _application(agent: Agent):  # type: ignore[no-untyped-def]
         hub=agent.hub,
         sync=agent.sync,
         cni=wiring.call,
+        more=policy_routes(agent),
     )

@@ -61,7 +61,8 @@ class Read:
 
     name: Key
     value: Pod | Namespace | NodeObject | Service | EndpointSlice | CidrGroup | PolicyObject | None
-    digest: str = ""
+    document: Mapping[str, Any] | None = None
+    """Of a policy: as it is written, valid or not."""
     rejected: Rejected | None = None
 
 
@@ -84,6 +85,8 @@ class ClusterObjects:
         self.policies: dict[Key, PolicyObject] = {}
         """What is to be enforced, for every policy object that there is."""
         self.rejected: dict[Key, Rejected] = {}
+        self.documents: dict[Key, Mapping[str, Any]] = {}
+        """Policies as they were written when they were valid last."""
         self.digests: dict[Key, str] = {}
         """Of each policy's document as it is written, valid or not: nodes that name the same one agree."""
         self.lingering: set[Key] = set()
@@ -103,7 +106,7 @@ class ClusterObjects:
                 case kind if kind in API_VERSIONS:
                     policy = parse_object(document, strict=False)
                     self._last_valid.keep(name, document)
-                    return Read(name=name, value=policy, digest=_digest(document))
+                    return Read(name=name, value=policy, document=document)
                 case kind if kind in _PARSERS:
                     return Read(name=name, value=_PARSERS[kind](document))
                 case _:
@@ -115,7 +118,7 @@ class ClusterObjects:
                 return Read(name=name, value=None, rejected=Rejected(problem=str(error)))
             value, instead = self._instead(name, document)
             rejected = Rejected(problem=str(error), instead=instead)
-            return Read(name=name, value=value, digest=_digest(document), rejected=rejected)
+            return Read(name=name, value=value, document=document, rejected=rejected)
 
     def _instead(self, name: Key, document: Mapping[str, Any]) -> tuple[PolicyObject | None, str]:
         """What is in force for an invalid policy."""
@@ -133,9 +136,12 @@ class ClusterObjects:
     def learn(self, one: Read) -> None:
         """Take an object's new form."""
         kind, namespace, name = one.name
+        if one.document is not None:
+            self.digests[one.name] = _digest(one.document)
+            if one.rejected is None:
+                self.documents[one.name] = one.document
         if isinstance(one.value, PolicyObject):
             self.policies[one.name] = one.value
-            self.digests[one.name] = one.digest
         elif one.value is not None:
             self._kept(kind)[namespace, name] = one.value
         if one.rejected is None:
@@ -151,6 +157,7 @@ class ClusterObjects:
         if key.kind in API_VERSIONS:
             self.policies.pop(name, None)
             self.digests.pop(name, None)
+            self.documents.pop(name, None)
             self._last_valid.forget(name)
         elif key.kind in _PARSERS:
             self._kept(key.kind).pop((key.namespace, key.name), None)

@@ -195,6 +195,10 @@ class PolicyEngine:
         """Forget a Service; one that is not there is fine."""
         self._peers.set_service((namespace, name), None)
 
+    def facts(self) -> tuple[list[CidrGroup], list[ServiceFacts]]:
+        """Return the CiliumCIDRGroups and Services that are known."""
+        return self._peers.facts()
+
     def retain(self, labels: Iterable[Labels]) -> None:
         """Forget endpoints with other labels than these: without it they are followed until there are thousands."""
         kept = set(labels)

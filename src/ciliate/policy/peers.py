@@ -290,6 +290,10 @@ class PeerResolver:
         if _put(self._services, key, service):
             self._moved(ServicePeer)
 
+    def facts(self) -> tuple[list[CidrGroup], list[ServiceFacts]]:
+        """Return what was set."""
+        return list(self._cidr_groups.values()), list(self._services.values())
+
     def _moved(self, kind: type[CidrGroupPeer] | type[ServicePeer]) -> None:
         """Look anew at the peers of a kind: those that mean the same as before are left alone."""
         self._required = None
