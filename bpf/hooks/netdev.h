@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /* What arrives at the node outside the overlay. Attached to the ingress of the underlay device.
  *
- * Packets for the node itself belong to its stack, unless they answer a masqueraded connection.
+ * Packets for the node itself belong to its stack, unless they answer a masqueraded connection or a node policy refuses them.
  */
 #pragma once
-#include "../lib/deliver.h"
+#include "../lib/node.h"
 
 /* Whose the packet is: 1 for a pod of this node, 0 for the stack, else a negated drop reason. */
 static __always_inline int for_pod(struct __sk_buff *skb, struct scratch *s)
@@ -24,22 +24,38 @@ static __always_inline int for_pod(struct __sk_buff *skb, struct scratch *s)
 	return result;
 }
 
-/* The source as the ipcache knows it; an address of a pod or of this node does not come from outside. */
-static __always_inline int source_outside(struct scratch *s)
+/* The source as the ipcache knows it; an address of this node, or of a pod if `no_pods`, does not come from outside. */
+static __always_inline int source_outside(struct scratch *s, bool no_pods)
 {
 	struct ipcache_entry *entry;
 
 	if (bpf_map_lookup_elem(&local_addrs, &s->p.saddr))
 		return -DROP_INVALID_SIP;
-	entry = ipcache_find(&s->p.saddr);
-	if (!entry) {
-		end_remote(&s->ends[0], world_identity(&s->p), false);
-		return 0;
-	}
-	if (config_tunnel && entry->flags & IPCACHE_POD)
-		return -DROP_INVALID_SIP;
-	end_remote(&s->ends[0], entry->identity, entry->flags & (IPCACHE_POD | IPCACHE_NODE));
-	return 0;
+	entry = end_outside(s, &s->ends[0], &s->p.saddr);
+	return entry && no_pods && entry->flags & IPCACHE_POD ? -DROP_INVALID_SIP : 0;
+}
+
+/* The stack's, unless a node policy is in force and refuses it. `error`: why the packet could not be understood, or 0. */
+static __noinline int for_node(struct __sk_buff *skb, struct scratch *s, int error)
+{
+	struct endpoint *node = policed_node();
+	__u32 policy;
+
+	if (!s)
+		return TC_ACT_SHOT;
+	if (!node || error == -DROP_UNSUPPORTED_L3)
+		return TC_ACT_UNSPEC;
+	end_of_endpoint(&s->ends[1], node);
+	policy = s->ends[1].policy[DIR_INGRESS];
+	if (error != -DROP_INVALID_PACKET && !is_for_node(skb, s))
+		return TC_ACT_UNSPEC; /* forwarded */
+	if (error)
+		return policy ? drop(s, error) : TC_ACT_UNSPEC;
+	if (is_link_control(&s->p) || is_overlay(&s->p, &s->p.saddr))
+		return TC_ACT_UNSPEC;
+	/* With the overlay and the masquerade, pods of other nodes come with their node's address. */
+	error = source_outside(s, config_tunnel && config_masquerade);
+	return error < 0 ? drop(s, error) : judge_node(skb, s, policy);
 }
 
 SEC("tc")
@@ -53,16 +69,16 @@ int from_netdev(struct __sk_buff *skb)
 	end_remote(&s->ends[0], 0, false);
 	end_remote(&s->ends[1], 0, false);
 	result = pkt_parse(skb, &s->p);
+	if (!result && s->p.frag != FRAG_NONE)
+		result = frag_ports(s);
 	if (result < 0)
-		return TC_ACT_UNSPEC; /* not for a pod as far as can be told: the stack's to judge */
-	if (s->p.frag != FRAG_NONE && frag_ports(s) < 0)
-		return bpf_map_lookup_elem(&local_addrs, &s->p.daddr) ? TC_ACT_UNSPEC : TC_ACT_UNSPEC;
+		return for_node(skb, s, result); /* not for a pod as far as can be told */
 	result = for_pod(skb, s);
 	if (!result)
-		return TC_ACT_UNSPEC;
+		return for_node(skb, s, 0);
 	if (result < 0)
 		return drop(s, result);
-	result = source_outside(s);
+	result = source_outside(s, config_tunnel);
 	if (result < 0)
 		return drop(s, result);
 	result = resolve(s, 1);

@@ -4,14 +4,6 @@
 #include "../lib/deliver.h"
 #include "../lib/neigh.h"
 
-static __always_inline bool is_multicast(const struct pkt *p)
-{
-	if (p->family == 4)
-		return (p->daddr.w[3] & bpf_htonl(0xf0000000)) == bpf_htonl(0xe0000000) ||
-		       p->daddr.w[3] == bpf_htonl(0xffffffff) || !p->daddr.w[3];
-	return p->daddr.b[0] == 0xff || addr_zero(&p->daddr);
-}
-
 static __always_inline bool owns_source(const struct endpoint *ep, const struct pkt *p)
 {
 	return addr_equal(&p->saddr, p->family == 4 ? &ep->v4 : &ep->v6);

@@ -161,6 +161,15 @@ static __always_inline bool is_icmp(const struct pkt *p)
 	return p->protocol == (p->family == 4 ? IPPROTO_ICMP : PROTO_ICMPV6);
 }
 
+/* To nobody in particular; broadcast and the unspecified address too. */
+static __always_inline bool is_multicast(const struct pkt *p)
+{
+	if (p->family == 4)
+		return (p->daddr.w[3] & bpf_htonl(0xf0000000)) == bpf_htonl(0xe0000000) ||
+		       p->daddr.w[3] == bpf_htonl(0xffffffff) || !p->daddr.w[3];
+	return p->daddr.b[0] == 0xff || addr_zero(&p->daddr);
+}
+
 static __always_inline bool icmp_is_echo(__u8 family, __u8 type)
 {
 	return family == 4 ? type == ICMP_ECHO || type == ICMP_ECHOREPLY :

@@ -53,7 +53,7 @@ def here(folder: Path) -> dict[str, Any]:
 def test_every_program_loads(there: dict[str, Any]) -> None:
     assert there["kernel"].startswith("6.1.")
     assert there["attach"] == "clsact"
-    assert there["programs"] == ["from_host", "from_netdev", "from_overlay", "from_pod"]
+    assert there["programs"] == ["from_host", "from_netdev", "from_overlay", "from_pod", "to_netdev"]
 
 
 def test_same_answers(here: dict[str, Any], there: dict[str, Any]) -> None:
