@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -102,6 +103,7 @@ class Namespaces:
         for option in ("ipv4.conf.eth1", "ipv6.conf.all"):
             self.run("n1", "sysctl", "-qw", f"net.{option}.forwarding=1")
         for name, via, nets in (
+            ("n1", "world", ("default", "::/0")),
             ("world", "n1", ("198.51.100.0/24", "203.0.113.0/24", "2001:db8:5::/64", "2001:db8:9::/64")),
             ("behind", "behind-gateway", ("default", "::/0")),
         ):
@@ -255,6 +257,16 @@ class Fabric:
         kind = socket.AF_INET6 if family == 6 else socket.AF_INET
         return self.ns.do(name, lambda: socket.socket(kind, socket.SOCK_DGRAM))
 
+    def asks(self, name: str, address: str, port: int = OPEN, timeout: float = PATIENT) -> bool:
+        """Whether a UDP server answers."""
+        with self.udp(name, 6 if ":" in address else 4) as client:
+            client.settimeout(timeout)
+            client.sendto(b"?", (address, port))
+            try:
+                return client.recv(64) == b"?"
+            except TimeoutError:
+                return False
+
     def reaches(self, name: str, address: str, port: int = OPEN, timeout: float = PATIENT) -> bool:
         """Whether a TCP connection can be made and used."""
         try:
@@ -265,10 +277,13 @@ class Fabric:
 
     @contextlib.contextmanager
     def dropping(self, direction: Direction, reason: str = "POLICY_DENIED") -> Iterator[None]:
-        """Within the context n1 must drop something for a reason in a direction."""
+        """Because of what is done within the context n1 must drop something for a reason in a direction."""
         before = self.drops(direction, reason)
         yield
-        assert self.drops(direction, reason) > before, f"nothing was dropped for {reason} in {direction.name}"
+        deadline = time.monotonic() + PATIENT
+        while self.drops(direction, reason) == before:
+            assert time.monotonic() < deadline, f"nothing was dropped for {reason} in {direction.name}"
+            time.sleep(0.01)
 
     def drops(self, direction: Direction, reason: str) -> int:
         names = self.path.drop_reasons()
