@@ -43,13 +43,17 @@ int from_host(struct __sk_buff *skb)
 	result = resolve(s, 1);
 	if (result < 0)
 		return drop(s, result);
+	if (s->kind == DEST_NATIVE && !s->dest_node) /* the route led here, so it was meant for a pod */
+		return drop(s, -DROP_NO_ENDPOINT);
 	mode = host_mode(skb, s);
 	result = track(s, mode);
 	if (result < 0)
 		return drop(s, result);
 	if (mode == TRACK_REPLY && !(s->flags & CT_PROXIED))
 		return drop(s, -DROP_INVALID_SIP);
-	route_replies(s);
+	result = route_replies(s);
+	if (result < 0)
+		return drop(s, result);
 	switch (s->kind) {
 	case DEST_POD:
 		return deliver_local(skb, s);
@@ -58,7 +62,9 @@ int from_host(struct __sk_buff *skb)
 			return drop(s, -DROP_TOO_BIG); /* the route's MTU keeps the stack below it */
 		return encapsulate(skb, s);
 	case DEST_NATIVE:
-		return send_native(skb, s);
+		if (s->dest_node == 2)
+			return send_native(skb, s);
+		return drop(s, -DROP_NO_ENDPOINT);
 	default:
 		return drop(s, -DROP_NO_ENDPOINT);
 	}

@@ -6,33 +6,37 @@
 #pragma once
 #include "../lib/node.h"
 
-/* Whose the packet is: 1 for a pod of this node, 0 for the stack, else a negated drop reason. */
+enum owner { OWNER_STACK = 0, OWNER_POD = 1, OWNER_MASQUERADED = 2 /* a pod, found by its mapping */ };
+
+/* Whose the packet is: enum owner or a negated drop reason. */
 static __always_inline int for_pod(struct __sk_buff *skb, struct scratch *s)
 {
 	struct local_addr *local = bpf_map_lookup_elem(&local_addrs, &s->p.daddr);
 	int result;
 
 	if (!local)
-		return 0;
+		return OWNER_STACK;
 	if (!(local->flags & LOCAL_HOST))
-		return 1;
+		return OWNER_POD;
 	if (!config_masquerade)
-		return 0;
+		return OWNER_STACK;
 	result = nat_in(skb, s);
-	if (result > 0 && s->p.frag == FRAG_FIRST)
-		s->flags = 0;
-	return result;
+	return result > 0 ? OWNER_MASQUERADED : result;
 }
 
-/* The source as the ipcache knows it; an address of this node, or of a pod if `no_pods`, does not come from outside. */
-static __always_inline int source_outside(struct scratch *s, bool no_pods)
+/* The source as the ipcache knows it; an address of a pod or of this node does not come from outside. Only the node has
+ * neighbours with link-local addresses; and without masquerading, pods of other nodes speak to it with their own.
+ */
+static __always_inline int source_outside(struct scratch *s, bool to_pod)
 {
 	struct ipcache_entry *entry;
 
-	if (bpf_map_lookup_elem(&local_addrs, &s->p.saddr))
+	if ((to_pod && stays_on_link(&s->p.saddr)) || bpf_map_lookup_elem(&local_addrs, &s->p.saddr))
 		return -DROP_INVALID_SIP;
 	entry = end_outside(s, &s->ends[0], &s->p.saddr);
-	return entry && no_pods && entry->flags & IPCACHE_POD ? -DROP_INVALID_SIP : 0;
+	if (entry && entry->flags & IPCACHE_POD && config_tunnel && (to_pod || config_masquerade))
+		return -DROP_INVALID_SIP;
+	return 0;
 }
 
 /* The stack's, unless a node policy is in force and refuses it. `error`: why the packet could not be understood, or 0. */
@@ -53,32 +57,41 @@ static __noinline int for_node(struct __sk_buff *skb, struct scratch *s, int err
 		return policy ? drop(s, error) : TC_ACT_UNSPEC;
 	if (is_link_control(&s->p) || is_overlay(&s->p, &s->p.saddr))
 		return TC_ACT_UNSPEC;
-	/* With the overlay and the masquerade, pods of other nodes come with their node's address. */
-	error = source_outside(s, config_tunnel && config_masquerade);
+	error = source_outside(s, false);
 	return error < 0 ? drop(s, error) : judge_node(skb, s, policy);
+}
+
+/* What cannot be parsed or assigned to a datagram: dropped here if it is for a pod. */
+static __always_inline int refuse(struct __sk_buff *skb, struct scratch *s, int error)
+{
+	struct local_addr *local = bpf_map_lookup_elem(&local_addrs, &s->p.daddr);
+
+	return local && !(local->flags & LOCAL_HOST) ? drop(s, error) : for_node(skb, s, error);
 }
 
 SEC("tc")
 int from_netdev(struct __sk_buff *skb)
 {
 	struct scratch *s = start(skb, OBS_FROM_NETDEV);
-	int result;
+	int result, owner;
 
 	if (!s)
 		return TC_ACT_SHOT;
 	end_remote(&s->ends[0], 0, false);
 	end_remote(&s->ends[1], 0, false);
+	if (is_of_vlan(skb))
+		return TC_ACT_UNSPEC;
 	result = pkt_parse(skb, &s->p);
 	if (!result && s->p.frag != FRAG_NONE)
 		result = frag_ports(s);
 	if (result < 0)
-		return for_node(skb, s, result); /* not for a pod as far as can be told */
-	result = for_pod(skb, s);
-	if (!result)
+		return refuse(skb, s, result);
+	owner = for_pod(skb, s);
+	if (owner == OWNER_STACK)
 		return for_node(skb, s, 0);
-	if (result < 0)
-		return drop(s, result);
-	result = source_outside(s, config_tunnel);
+	if (owner < 0)
+		return drop(s, owner);
+	result = source_outside(s, true);
 	if (result < 0)
 		return drop(s, result);
 	result = resolve(s, 1);
@@ -86,7 +99,10 @@ int from_netdev(struct __sk_buff *skb)
 		return drop(s, result);
 	if (s->kind != DEST_POD)
 		return drop(s, -DROP_NO_ENDPOINT);
-	result = track(s, TRACK_POLICY);
+	/* A mapping lets in answers only: a connection of the peer's own making has no policy that could allow it. */
+	result = track(s, owner == OWNER_MASQUERADED ? TRACK_REPLY : TRACK_POLICY);
+	if (owner == OWNER_MASQUERADED && result == -DROP_INVALID_SIP)
+		result = -DROP_NAT_NO_MAPPING;
 	if (result < 0)
 		return drop(s, result);
 	if (result != TRACK_FORWARD) {

@@ -3,12 +3,12 @@
 #pragma once
 #include "../lib/node.h"
 
-/* Whether somebody else made the packet, or another hook has judged it. Forwarded packets remember where they came in. */
+/* Whether somebody else made the packet, another hook has judged it, or it is another device's. Forwarded packets remember where they came in. */
 static __always_inline bool is_judged(const struct __sk_buff *skb)
 {
 	__u32 mark = skb->mark & MARK_MASK;
 
-	return skb->ingress_ifindex || mark == MARK_JUDGED || mark == MARK_FROM_PROXY;
+	return skb->ingress_ifindex || mark == MARK_JUDGED || mark == MARK_FROM_PROXY || is_of_vlan(skb);
 }
 
 SEC("tc")

@@ -28,10 +28,11 @@ static __always_inline int check_sender(struct scratch *s, const union addr *out
 		return -DROP_UNKNOWN_NODE;
 	if (!identity || identity == IDENTITY_HOST || scope_of(identity) == SCOPE_WORLD || identity >> 24)
 		return -DROP_INVALID_VNI;
-	if (bpf_map_lookup_elem(&local_addrs, &s->p.saddr))
+	if (stays_on_link(&s->p.saddr) || bpf_map_lookup_elem(&local_addrs, &s->p.saddr))
 		return -DROP_INVALID_SIP;
 	inner = ipcache_find(&s->p.saddr);
-	if (inner && inner->flags & IPCACHE_POD && !addr_equal(&inner->tunnel, outer))
+	if (inner && inner->flags & (IPCACHE_POD | IPCACHE_NODE) && !addr_equal(&inner->tunnel, outer) &&
+	    (inner->flags & IPCACHE_POD || !addr_zero(&inner->tunnel)))
 		return -DROP_INVALID_SIP;
 	if (inner && inner->flags & IPCACHE_NODE)
 		return identity == IDENTITY_REMOTE_NODE ? 0 : -DROP_INVALID_SIP;
@@ -51,6 +52,8 @@ int from_overlay(struct __sk_buff *skb)
 	end_remote(&s->ends[0], 0, false);
 	end_remote(&s->ends[1], 0, false);
 	s->in_tunnel = 1;
+	if (skb->vlan_present)
+		return drop(s, -DROP_UNSUPPORTED_L3);
 	result = tunnel_header(skb, &outer, &identity);
 	if (result < 0)
 		return drop(s, result);

@@ -6,14 +6,17 @@
 
 static __always_inline bool owns_source(const struct endpoint *ep, const struct pkt *p)
 {
-	return addr_equal(&p->saddr, p->family == 4 ? &ep->v4 : &ep->v6);
+	return !addr_zero(&p->saddr) && addr_equal(&p->saddr, p->family == 4 ? &ep->v4 : &ep->v6);
 }
 
-/* A pod may not speak the overlay's protocol to any node. */
+/* A pod may not speak the overlay's protocol to any node, nor to the world with this node's address: behind an address
+ * that the ipcache does not have there may be a node, and it would trust the sender.
+ */
 static __always_inline bool forges_tunnel(const struct scratch *s)
 {
 	return s->p.protocol == IPPROTO_UDP && s->p.dport == bpf_htons(config_tunnel_port) &&
-	       (s->kind == DEST_HOST || s->dest_node == 1);
+	       (s->kind == DEST_HOST || s->dest_node == 1 ||
+		(config_masquerade && s->kind == DEST_NATIVE && s->dest_node != 2));
 }
 
 static __always_inline __u32 path_mtu(const struct scratch *s, const struct endpoint *ep)
@@ -41,6 +44,8 @@ int from_pod(struct __sk_buff *skb)
 	if (!ep)
 		return drop(s, -DROP_NO_ENDPOINT);
 	end_of_endpoint(&s->ends[0], ep);
+	if (skb->vlan_present) /* the tag would leave the node with the packet */
+		return drop(s, -DROP_UNSUPPORTED_L3);
 	if (skb->protocol == bpf_htons(ETH_P_ARP))
 		return arp_answer(skb, s, ep);
 	result = pkt_parse(skb, &s->p);
@@ -48,7 +53,7 @@ int from_pod(struct __sk_buff *skb)
 		return drop(s, result);
 	if (is_nd(&s->p) && s->p.frag == FRAG_NONE)
 		return nd_answer(skb, s, ep);
-	if (is_multicast(&s->p))
+	if (stays_on_link(&s->p.daddr))
 		return drop_quietly(s, -DROP_UNSUPPORTED_DEST);
 	if (!owns_source(ep, &s->p))
 		return drop(s, -DROP_INVALID_SIP);
@@ -69,7 +74,9 @@ int from_pod(struct __sk_buff *skb)
 		result = to_proxy(skb, s, result == TRACK_TO_LISTENER);
 		return result < 0 ? drop(s, result) : TC_ACT_OK;
 	}
-	route_replies(s);
+	result = route_replies(s);
+	if (result < 0)
+		return drop(s, result);
 	mtu = path_mtu(s, ep);
 	if (wire_length(skb, &s->p) > mtu && (s->p.dont_fragment || s->kind == DEST_NATIVE))
 		return too_big_answer(skb, s, ep, mtu);

@@ -48,7 +48,7 @@ static __always_inline struct ct_entry *ct_find(struct scratch *s, bool *embryon
 	struct ct_entry *e = bpf_map_lookup_elem(&ct, &s->key);
 
 	*embryonic = false;
-	if (!e) {
+	if (!e || !ct_valid(s, e)) { /* a dead row must not hide the connection that uses its ports again */
 		e = bpf_map_lookup_elem(&ct_new, &s->key);
 		*embryonic = true;
 	}
@@ -89,8 +89,8 @@ static __always_inline void ct_touch(struct scratch *s, struct ct_entry *e, bool
 		if (p->tcp_flags & TCP_RST)
 			flags |= CT_RST;
 	}
-	if (flags != before)
-		e->flags = flags;
+	if (flags != before) /* bits only: another CPU may deny the connection at this moment */
+		__sync_fetch_and_or(&e->flags, flags & ~before);
 	e->expires = s->now + ct_life(p->protocol, flags);
 	if (!ct_closed(before) && ct_closed(flags)) {
 		__builtin_memcpy(&s->fresh, e, sizeof(s->fresh));
@@ -99,8 +99,8 @@ static __always_inline void ct_touch(struct scratch *s, struct ct_entry *e, bool
 		s->l7 = e->l7;
 		event_send(s, EVENT_END, VERDICT_FORWARDED, 0);
 	}
-	if (embryonic && reply) {
-		/* Its first answer: move it where half-open floods cannot reach. */
+	if (embryonic && reply && !ct_closed(flags)) {
+		/* Its first answer: move it where half-open floods and port scans cannot reach. */
 		__builtin_memcpy(&s->fresh, e, sizeof(s->fresh));
 		if (!bpf_map_update_elem(&ct, &s->key, &s->fresh, BPF_ANY))
 			bpf_map_delete_elem(&ct_new, &s->key);

@@ -184,7 +184,7 @@ static __always_inline int encapsulate(struct __sk_buff *skb, struct scratch *s)
 /* Out of the underlay device; the neighbour is the stack's business. A reply keeps the address that was asked. */
 static __always_inline int send_native(struct __sk_buff *skb, struct scratch *s)
 {
-	if (config_masquerade && s->dest_node != 2 && s->ct_state != CT_STATE_REPLY) {
+	if (config_masquerade && s->dest_node != 2 && !s->answers) {
 		int error = nat_out(skb, s);
 
 		if (error)
@@ -195,12 +195,26 @@ static __always_inline int send_native(struct __sk_buff *skb, struct scratch *s)
 	return bpf_redirect_neigh(config_native_ifindex, NULL, 0, 0);
 }
 
-/* A reply to a node that came by the overlay goes back that way; so do packets to pods elsewhere. */
-static __always_inline void route_replies(struct scratch *s)
+/* A reply to what came by the overlay goes back that way, to a node's address too, or nowhere. 0 or a drop reason. */
+static __always_inline int route_replies(struct scratch *s)
 {
-	if (s->kind == DEST_NATIVE && s->dest_node == 1 && s->flags & CT_TUNNEL && s->ct_state != CT_STATE_NEW) {
-		if (addr_zero(&s->tunnel))
-			s->tunnel = s->p.daddr;
-		s->kind = DEST_TUNNEL;
-	}
+	if (s->kind != DEST_NATIVE || !(s->flags & CT_TUNNEL) || s->ct_state == CT_STATE_NEW)
+		return 0;
+	if (s->dest_node != 1) /* a pod whose node the ipcache does not know (yet, or any more) */
+		return -DROP_NO_TUNNEL_ENDPOINT;
+	if (addr_zero(&s->tunnel))
+		s->tunnel = s->p.daddr;
+	s->kind = DEST_TUNNEL;
+	return 0;
+}
+
+/* Addresses that no router forwards to or from: multicast, reserved, loopback, unspecified, IPv6 link-local. */
+static __always_inline bool stays_on_link(const union addr *addr)
+{
+	__u8 first = addr->b[12];
+
+	if (addr_is_v4(addr))
+		return first >= 224 || first == 127 || !first;
+	return addr->b[0] == 0xff || (addr->b[0] == 0xfe && (addr->b[1] & 0xc0) == 0x80) ||
+	       (!addr->d[0] && !addr->w[2] && (addr->w[3] == bpf_htonl(1) || !addr->w[3]));
 }

@@ -17,7 +17,7 @@ enum drop_reason {
 	DROP_EXT_HEADERS = 156, /* more IPv6 extension headers than are walked, or a bad one */
 	DROP_NO_TUNNEL_ENDPOINT = 160,
 	DROP_NO_POLICY = 165,        /* the endpoint's policy has no row yet: fail closed */
-	DROP_NAT_NO_MAPPING = 167,   /* all ports to this destination are taken */
+	DROP_NAT_NO_MAPPING = 167,   /* no port to this destination is free, or no connection behind the port */
 	DROP_NO_ROUTE = 169,         /* FIB look-up failed */
 	DROP_TUNNEL_PORT = 170,      /* a pod sent to a node's tunnel port */
 	DROP_INVALID_VNI = 171,      /* the identity in the tunnel header may not come from there */

@@ -16,10 +16,11 @@ static __noinline int frag_ports(struct scratch *s)
 	key.saddr = s->p.saddr;
 	key.daddr = s->p.daddr;
 	key.id = s->p.frag_id;
-	key.protocol = s->p.protocol;
+	key.protocol = s->p.family == 4 ? s->p.protocol : 0;
 	if (s->p.frag == FRAG_FIRST) {
 		fresh.sport = s->p.sport;
 		fresh.dport = s->p.dport;
+		fresh.protocol = s->p.protocol;
 		fresh.expires = s->now + FRAG_LIFE;
 		bpf_map_update_elem(&fragments, &key, &fresh, BPF_ANY);
 		return 0;
@@ -29,6 +30,7 @@ static __noinline int frag_ports(struct scratch *s)
 		return -DROP_FRAG_NOT_FOUND;
 	s->p.sport = found->sport;
 	s->p.dport = found->dport;
+	s->p.protocol = found->protocol;
 	if (is_icmp(&s->p)) /* only echoes are long enough to be fragmented */
 		s->p.icmp_type = s->p.family == 4 ? ICMP_ECHO : ICMPV6_ECHO_REQUEST;
 	return 0;

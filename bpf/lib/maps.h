@@ -325,15 +325,16 @@ struct {
 struct frag_key {
 	union addr saddr;
 	union addr daddr;
-	__be32 id; /* IPv4: 16 bits */
-	__u8 protocol;
+	__be32 id;     /* IPv4: 16 bits */
+	__u8 protocol; /* IPv6: 0, the datagram is named by the rest (RFC 8200, 4.5) */
 	__u8 pad[3];
 };
 
 struct frag_entry {
 	__be16 sport;
 	__be16 dport;
-	__u32 pad;
+	__u8 protocol; /* IPv6: behind all extension headers */
+	__u8 pad[3];
 	__u64 expires;
 };
 

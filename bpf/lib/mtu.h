@@ -95,5 +95,8 @@ static __noinline int too_big_answer(struct __sk_buff *skb, struct scratch *s, c
 	if (error || bpf_skb_store_bytes(skb, 0, &eth, sizeof(eth), 0))
 		return drop(s, -DROP_WRITE_ERROR);
 	drop(s, -DROP_TOO_BIG);
-	return bpf_redirect(skb->ifindex, 0);
+	/* Straight into the pod, not by way of the device's transmit: if the refused packet's checksum was left to a
+	 * device (CHECKSUM_PARTIAL, which cannot be taken back here), one that sums in software would write into the quote.
+	 */
+	return bpf_redirect_peer(skb->ifindex, 0);
 }

@@ -10,13 +10,6 @@
 
 #define NAT_TRIES 24
 
-static __always_inline __u64 nat_life(const struct pkt *p)
-{
-	if (p->protocol == IPPROTO_TCP)
-		return p->tcp_flags & TCP_RST ? CT_LIFE_CLOSING : CT_LIFE_TCP;
-	return p->protocol == IPPROTO_UDP ? CT_LIFE_REPLIED : CT_LIFE_HALF_OPEN;
-}
-
 static __always_inline bool nat_has_ports(const struct pkt *p)
 {
 	return p->protocol == IPPROTO_TCP || p->protocol == IPPROTO_UDP ||
@@ -59,7 +52,8 @@ static __always_inline int rewrite_addr(struct __sk_buff *skb, struct pkt *p, bo
 		diff = bpf_csum_diff(from.w, 16, new.w, 16, 0);
 		if (check && bpf_l4_csum_replace(skb, check, 0, diff, flags))
 			return -DROP_WRITE_ERROR;
-		if (bpf_skb_store_bytes(skb, at, &new, 16, 0))
+		/* No header checksum makes up for the address, so a device's sum over the packet must be told. */
+		if (bpf_skb_store_bytes(skb, at, &new, 16, BPF_F_RECOMPUTE_CSUM))
 			return -DROP_WRITE_ERROR;
 	}
 	if (source)
@@ -135,6 +129,19 @@ static __always_inline bool nat_claim(struct scratch *s, const struct nat_key *i
 	return !bpf_map_update_elem(&nat, in, owner, BPF_NOEXIST);
 }
 
+/* Where the search for a port begins: the same for each packet of a connection, so that it finds its claim again after
+ * the NAT_OUT row was evicted.
+ */
+static __always_inline __u32 nat_hash(const struct pkt *p)
+{
+	__u64 x = p->saddr.d[0] ^ p->saddr.d[1] ^ ((__u64)p->sport << 48 | (__u64)p->dport << 32 | p->protocol);
+
+	x = (x ^ x >> 32) * 0x9e3779b97f4a7c15ULL;
+	x ^= p->daddr.d[0] ^ p->daddr.d[1];
+	x = (x ^ x >> 29) * 0xbf58476d1ce4e5b9ULL;
+	return x >> 32;
+}
+
 /* A free port of the node towards the packet's peer, in `in->inner_port`; the claim is made. */
 static __always_inline int nat_choose(struct __sk_buff *skb, struct scratch *s, struct nat_key *in,
 				      const struct nat_entry *owner)
@@ -144,9 +151,9 @@ static __always_inline int nat_choose(struct __sk_buff *skb, struct scratch *s, 
 	if (!range)
 		return -DROP_NAT_NO_MAPPING;
 	own = bpf_ntohs(s->p.sport);
-	start = own - low < range ? own - low : bpf_get_prandom_u32() % range;
+	start = own - low < range ? own - low : nat_hash(&s->p) % range;
 	for (__u32 i = 0; i < NAT_TRIES; i++) {
-		in->inner_port = bpf_htons(low + (start + i * i) % range);
+		in->inner_port = bpf_htons(low + (start + (range > NAT_TRIES ? i * i : i)) % range);
 		if (!port_held(skb, in, s->p.family) && nat_claim(s, in, owner))
 			return 0;
 	}
@@ -179,7 +186,7 @@ static __noinline int nat_out(struct __sk_buff *skb, struct scratch *s)
 	in.inner = mapped.addr;
 	owner.addr = p->saddr;
 	owner.port = p->sport;
-	owner.expires = mapped.expires = s->now + nat_life(p);
+	owner.expires = mapped.expires = s->now + ct_life(p->protocol, s->flags);
 	known = bpf_map_lookup_elem(&nat, &out);
 	if (known && known->expires >= s->now) {
 		in.inner_port = known->port;
@@ -255,7 +262,7 @@ static __noinline int nat_in(struct __sk_buff *skb, struct scratch *s)
 		in.peer_port = icmp ? 0 : p->q_dport;
 		in.protocol = p->q_protocol;
 	} else {
-		if (!nat_has_ports(p))
+		if (!nat_has_ports(p) || is_echo_request(p)) /* a request answers nobody */
 			return 0;
 		in.inner = p->daddr;
 		in.peer = p->saddr;
@@ -271,7 +278,11 @@ static __noinline int nat_in(struct __sk_buff *skb, struct scratch *s)
 		error = nat_in_quoted(skb, p, &to);
 		return error ?: 1;
 	}
-	found->expires = s->now + nat_life(p);
+	/* A TCP mapping lives by what the pod sends, which conntrack has judged; what comes in may only end it. */
+	if (p->protocol != IPPROTO_TCP)
+		found->expires = s->now + ct_life(p->protocol, CT_SEEN_REPLY);
+	else if (p->tcp_flags & TCP_RST && found->expires > s->now + CT_LIFE_CLOSING)
+		found->expires = s->now + CT_LIFE_CLOSING;
 	error = rewrite_addr(skb, p, false, &to.addr);
 	if (!error)
 		error = rewrite_port(skb, p, false, to.port);

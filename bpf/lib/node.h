@@ -18,6 +18,12 @@ static __always_inline bool is_link_control(const struct pkt *p)
 	return is_nd(p) || (p->icmp_type >= 130 && p->icmp_type <= 132) || p->icmp_type == 143;
 }
 
+/* Whether the frame is another device's, on top of this one. VLAN 0 is a priority only (IEEE 802.1Q): this device's own. */
+static __always_inline bool is_of_vlan(const struct __sk_buff *skb)
+{
+	return skb->vlan_present && skb->vlan_tci & 0xfff;
+}
+
 /* Whether the node is meant: its addresses, those of other devices too, multicast and broadcast. */
 static __noinline int is_for_node(struct __sk_buff *skb, struct scratch *s)
 {

@@ -108,6 +108,7 @@ struct scratch {
 	__u8 observation;
 	__u8 ct_state;
 	__u8 leg;
+	__u8 answers;   /* the packet goes against the originator's direction: a reply, or an error about its packets */
 	__u8 direction; /* that denied */
 	__u8 audit;
 	__u8 in_tunnel;     /* came by the overlay */
@@ -176,6 +177,11 @@ static __always_inline bool icmp_is_echo(__u8 family, __u8 type)
 			     type == ICMPV6_ECHO_REQUEST || type == ICMPV6_ECHO_REPLY;
 }
 
+static __always_inline bool is_echo_request(const struct pkt *p)
+{
+	return is_icmp(p) && p->icmp_type == (p->family == 4 ? ICMP_ECHO : ICMPV6_ECHO_REQUEST);
+}
+
 static __always_inline bool icmp_is_error(__u8 family, __u8 type)
 {
 	if (family == 4)
@@ -184,12 +190,18 @@ static __always_inline bool icmp_is_error(__u8 family, __u8 type)
 	return type >= 1 && type <= 4; /* RFC 4443: unreachable, too big, time exceeded, parameter problem */
 }
 
+/* Whether the packet reaches from `at` that many octets on: what comes after its length is the frame's padding. */
+static __always_inline bool pkt_holds(const struct pkt *p, __u16 at, __u32 octets)
+{
+	return (__u32)(at - p->l3) + octets <= p->length;
+}
+
 /* Ports of the packet that an ICMP error quotes (RFC 792, RFC 4443): at least 8 octets of it are there. */
 static __always_inline int parse_quoted_ports(struct __sk_buff *skb, struct pkt *p)
 {
 	__be16 ports[4];
 
-	if (bpf_skb_load_bytes(skb, p->q_l4, ports, sizeof(ports)))
+	if (!pkt_holds(p, p->q_l4, sizeof(ports)) || bpf_skb_load_bytes(skb, p->q_l4, ports, sizeof(ports)))
 		return -DROP_INVALID_PACKET;
 	if (p->q_protocol == (p->family == 4 ? IPPROTO_ICMP : PROTO_ICMPV6)) {
 		p->q_sport = p->q_dport = ports[2]; /* echo identifier */
@@ -215,6 +227,10 @@ static __always_inline int parse_quoted(struct __sk_buff *skb, struct pkt *p)
 		addr_set_v4(&p->q_daddr, ip.daddr);
 		p->q_protocol = ip.protocol;
 		p->q_l4 = p->q_l3 + ip.ihl * 4;
+		if (ip.frag_off & bpf_htons(0x1fff)) { /* a later fragment has no ports: no connection is found */
+			p->quoted = 1;
+			return 0;
+		}
 	} else {
 		struct ipv6hdr ip;
 
@@ -237,7 +253,10 @@ static __always_inline int parse_l4(struct __sk_buff *skb, struct pkt *p)
 	case IPPROTO_TCP: {
 		struct tcphdr tcp;
 
-		if (bpf_skb_load_bytes(skb, p->l4, &tcp, sizeof(tcp)) || tcp.doff < 5)
+		if (!pkt_holds(p, p->l4, sizeof(tcp)) || bpf_skb_load_bytes(skb, p->l4, &tcp, sizeof(tcp)) ||
+		    tcp.doff < 5)
+			return -DROP_INVALID_PACKET;
+		if (p->frag == FRAG_NONE && !pkt_holds(p, p->l4, tcp.doff * 4))
 			return -DROP_INVALID_PACKET;
 		p->sport = tcp.source;
 		p->dport = tcp.dest;
@@ -249,7 +268,7 @@ static __always_inline int parse_l4(struct __sk_buff *skb, struct pkt *p)
 	case IPPROTO_SCTP: {
 		struct udphdr udp; /* SCTP's common header begins alike and is longer */
 
-		if (bpf_skb_load_bytes(skb, p->l4, &udp, sizeof(udp)))
+		if (!pkt_holds(p, p->l4, sizeof(udp)) || bpf_skb_load_bytes(skb, p->l4, &udp, sizeof(udp)))
 			return -DROP_INVALID_PACKET;
 		p->sport = udp.source;
 		p->dport = udp.dest;
@@ -262,8 +281,10 @@ static __always_inline int parse_l4(struct __sk_buff *skb, struct pkt *p)
 
 		if (!is_icmp(p))
 			return -DROP_UNKNOWN_L4; /* ICMP of the other family */
-		if (bpf_skb_load_bytes(skb, p->l4, &icmp, sizeof(icmp)))
+		if (!pkt_holds(p, p->l4, sizeof(icmp)) || bpf_skb_load_bytes(skb, p->l4, &icmp, sizeof(icmp)))
 			return -DROP_INVALID_PACKET;
+		if (p->frag != FRAG_NONE && icmp_is_error(p->family, icmp.type))
+			return -DROP_INVALID_PACKET; /* they are made to fit (RFC 1812, RFC 4443) */
 		p->icmp_type = icmp.type;
 		p->icmp_code = icmp.code;
 		if (icmp_is_echo(p->family, icmp.type))
@@ -277,6 +298,12 @@ static __always_inline int parse_l4(struct __sk_buff *skb, struct pkt *p)
 	}
 }
 
+/* A later fragment that begins inside the TCP header would rewrite what was judged (RFC 3128). */
+static __always_inline bool overlaps_tcp(const struct pkt *p, __u8 protocol, __u32 offset)
+{
+	return p->frag == FRAG_LATER && protocol == IPPROTO_TCP && offset < sizeof(struct tcphdr);
+}
+
 static __always_inline int parse_v4(struct __sk_buff *skb, struct pkt *p)
 {
 	struct iphdr ip;
@@ -284,13 +311,13 @@ static __always_inline int parse_v4(struct __sk_buff *skb, struct pkt *p)
 
 	if (bpf_skb_load_bytes(skb, ETH_HLEN_, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl < 5)
 		return -DROP_INVALID_PACKET;
+	addr_set_v4(&p->saddr, ip.saddr);
+	addr_set_v4(&p->daddr, ip.daddr);
 	p->length = bpf_ntohs(ip.tot_len);
 	if (!p->length && skb->gso_segs) /* larger than the field can say */
 		p->length = skb->len - ETH_HLEN_;
 	if (p->length < (__u32)ip.ihl * 4 || p->length > skb->len - ETH_HLEN_)
 		return -DROP_INVALID_PACKET;
-	addr_set_v4(&p->saddr, ip.saddr);
-	addr_set_v4(&p->daddr, ip.daddr);
 	p->family = 4;
 	p->protocol = ip.protocol;
 	p->l4 = ETH_HLEN_ + ip.ihl * 4;
@@ -301,6 +328,8 @@ static __always_inline int parse_v4(struct __sk_buff *skb, struct pkt *p)
 		p->frag = FRAG_LATER;
 	else if (offset & 0x2000)
 		p->frag = FRAG_FIRST;
+	if (overlaps_tcp(p, ip.protocol, (offset & 0x1fff) * 8))
+		return -DROP_INVALID_PACKET;
 	return 0;
 }
 
@@ -329,6 +358,8 @@ static __always_inline int ext_step(struct __sk_buff *skb, struct pkt *p)
 			p->frag = FRAG_LATER;
 		else if (head[3] & 1)
 			p->frag = FRAG_FIRST;
+		if (overlaps_tcp(p, head[0], ((head[2] << 8) | head[3]) & 0xfff8))
+			goto bad;
 		__builtin_memcpy(&p->frag_id, head + 4, 4);
 		p->l4 += 8;
 		break;
@@ -359,13 +390,13 @@ static __always_inline int parse_v6(struct __sk_buff *skb, struct pkt *p)
 
 	if (bpf_skb_load_bytes(skb, ETH_HLEN_, &ip, sizeof(ip)) || ip.version != 6)
 		return -DROP_INVALID_PACKET;
+	__builtin_memcpy(&p->saddr, &ip.saddr, 16);
+	__builtin_memcpy(&p->daddr, &ip.daddr, 16);
 	p->length = bpf_ntohs(ip.payload_len) + sizeof(ip);
 	if (!ip.payload_len && skb->gso_segs)
 		p->length = skb->len - ETH_HLEN_;
 	if (p->length > skb->len - ETH_HLEN_)
 		return -DROP_INVALID_PACKET;
-	__builtin_memcpy(&p->saddr, &ip.saddr, 16);
-	__builtin_memcpy(&p->daddr, &ip.daddr, 16);
 	if (addr_is_v4(&p->saddr) || addr_is_v4(&p->daddr))
 		return -DROP_INVALID_PACKET; /* mapped addresses have no place on the wire (RFC 4942, 2.2) */
 	p->family = 6;
@@ -378,7 +409,7 @@ static __always_inline int parse_v6(struct __sk_buff *skb, struct pkt *p)
 		if (!done)
 			done = ext_step(skb, p);
 	}
-	if (!done || p->walk_error || p->l4 > skb->len)
+	if (!done || p->walk_error || !pkt_holds(p, p->l4, 0))
 		return -DROP_EXT_HEADERS;
 	return 0;
 }

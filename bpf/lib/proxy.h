@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /* Hands packets to the proxy's sockets on this node; the packet keeps its addresses. Ingress hooks only. */
 #pragma once
+#include "event.h"
 #include "packet.h"
 
 #define TCP_STATE_TIME_WAIT 6
@@ -83,6 +84,7 @@ static __noinline int to_proxy(struct __sk_buff *skb, struct scratch *s, int lis
 		if (result < 0)
 			return result;
 	}
+	count(0, s->observation == OBS_FROM_POD ? DIR_EGRESS : DIR_INGRESS, s->p.length);
 	skb->mark = MARK_TO_PROXY;
 	if (skb->pkt_type != PACKET_HOST)
 		bpf_skb_change_type(skb, PACKET_HOST);

@@ -3,6 +3,7 @@
 #pragma once
 #include "conntrack.h"
 #include "exempt.h"
+#include "neigh.h"
 #include "policy.h"
 
 enum track_mode {
@@ -75,7 +76,7 @@ static __always_inline int decide(struct scratch *s, bool reply)
 			l7 = d.l7;
 		}
 	}
-	if (l7 && s->observation == OBS_FROM_HOST) /* sockets cannot be assigned on the way out */
+	if (l7 && s->observation == OBS_FROM_HOST && !reply) /* sockets cannot be assigned on the way out */
 		return -DROP_PROXY_NOT_FOUND;
 	s->l7 = l7;
 	return 0;
@@ -95,27 +96,35 @@ static __always_inline void decide_again(struct scratch *s, struct ct_entry *e, 
 	__u32 flags = e->flags;
 	int error;
 
-	/* An identity that came in a tunnel header and is not in the ipcache yet is better than "world". */
-	if (!from->known && e->identity[0] >= IDENTITY_ALLOCATED_MIN)
+	/* An identity that came in a tunnel header, of a pod that is not in the ipcache yet, is better than "world" or
+	 * than a CIDR around its address. What the ipcache itself once said is not: it may have taken that back.
+	 */
+	if (!from->known && flags & CT_TUNNEL && e->identity[0] >= IDENTITY_ALLOCATED_MIN && !(e->identity[0] >> 24))
 		from->identity = e->identity[0];
-	if (!to->known && e->identity[1] >= IDENTITY_ALLOCATED_MIN)
-		to->identity = e->identity[1];
 	error = decide(s, reply);
 	/* A proxied connection that is now plainly allowed stays with the proxy; one that must change its proxy ends. */
 	if (!error && s->l7 != e->l7 && (s->l7 || !(flags & CT_PROXIED)))
 		error = -DROP_PROXY_NOT_FOUND;
-	if (error)
-		flags |= CT_DENIED;
-	else
-		flags &= ~CT_DENIED;
-	if (flags != e->flags && !error)
+	if (!error && flags & CT_DENIED)
 		report(s);
-	e->flags = flags;
+	if (error)
+		__sync_fetch_and_or(&e->flags, CT_DENIED);
+	else
+		__sync_fetch_and_and(&e->flags, ~CT_DENIED);
 	e->identity[0] = from->identity;
 	e->identity[1] = to->identity;
 	e->rule[DIR_EGRESS] = s->rule[DIR_EGRESS];
 	e->rule[DIR_INGRESS] = s->rule[DIR_INGRESS];
 	e->epoch = s->epoch;
+}
+
+/* Whether this sender may report on the quoted packet: its destination may, and routers, which pods are not. */
+static __always_inline bool may_report(const struct scratch *s)
+{
+	bool pod = s->observation == OBS_FROM_POD ||
+		   (s->observation == OBS_FROM_OVERLAY && s->ends[0].identity != IDENTITY_REMOTE_NODE);
+
+	return !pod || addr_equal(&s->p.saddr, &s->p.q_daddr);
 }
 
 /* ICMP errors follow the connection of the packet they quote; they never make or refresh a row. */
@@ -126,7 +135,7 @@ static __always_inline int track_related(struct scratch *s)
 	bool embryonic, from_b;
 
 	s->ct_state = CT_STATE_RELATED;
-	if (!addr_equal(&p->q_saddr, &p->daddr))
+	if (!addr_equal(&p->q_saddr, &p->daddr) || !may_report(s))
 		return -DROP_ICMP_UNRELATED;
 	from_b = ct_key_set(&s->key, &p->q_saddr, p->q_sport, &p->q_daddr, p->q_dport, p->q_protocol, LEG_DIRECT);
 	e = ct_find(s, &embryonic);
@@ -136,12 +145,14 @@ static __always_inline int track_related(struct scratch *s)
 		if (!e)
 			return -DROP_ICMP_UNRELATED;
 		s->flags = e->flags;
+		s->answers = 1;
 		return TRACK_TO_SOCKET;
 	}
 	if (e->flags & CT_DENIED)
 		return -DROP_ICMP_UNRELATED;
 	s->flags = e->flags;
-	ct_touch(s, e, from_b == !!(e->flags & CT_ORIG_B), false);
+	s->answers = from_b == !!(e->flags & CT_ORIG_B); /* the quoted packet goes the other way */
+	ct_touch(s, e, s->answers, false);
 	return e->flags & CT_PROXIED && s->observation != OBS_FROM_HOST ? TRACK_TO_SOCKET : TRACK_FORWARD;
 }
 
@@ -157,6 +168,7 @@ static __always_inline bool answers_proxy(struct scratch *s, bool from_b)
 		s->leg = LEG_PROXY;
 		s->ct_state = CT_STATE_REPLY;
 		s->flags = e->flags;
+		s->answers = 1;
 		ct_touch(s, e, true, false);
 		found = true;
 	} else {
@@ -168,15 +180,16 @@ static __always_inline bool answers_proxy(struct scratch *s, bool from_b)
 static __always_inline int track_known(struct scratch *s, struct ct_entry *e, bool reply, bool embryonic)
 {
 	s->ct_state = reply ? CT_STATE_REPLY : CT_STATE_ESTABLISHED;
+	s->answers = reply;
 	if (s->leg == LEG_DIRECT && e->epoch != s->epoch)
 		decide_again(s, e, reply);
-	s->flags = e->flags;
 	if (e->flags & CT_DENIED) {
 		s->rule[DIR_EGRESS] = e->rule[DIR_EGRESS];
 		s->rule[DIR_INGRESS] = e->rule[DIR_INGRESS];
 		return -DROP_POLICY_DENIED;
 	}
 	ct_touch(s, e, reply, embryonic);
+	s->flags = e->flags;
 	if (e->flags & CT_PROXIED && !reply) {
 		s->l7 = e->l7;
 		return TRACK_TO_LISTENER;
@@ -184,41 +197,55 @@ static __always_inline int track_known(struct scratch *s, struct ct_entry *e, bo
 	return TRACK_FORWARD;
 }
 
+/* A first segment that begins another connection: the row's is over or denied, or it comes from the wrong end, which a
+ * row must not let in unasked. A simultaneous open still works where both ends' policies allow it. An echo request from
+ * the wrong end is no answer either, though its identifier is the same.
+ */
+static __always_inline bool begins_anew(const struct pkt *p, const struct ct_entry *e, bool reply)
+{
+	if (is_icmp(p))
+		return reply && p->frag != FRAG_LATER && is_echo_request(p);
+	return p->protocol == IPPROTO_TCP && p->frag != FRAG_LATER && (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN &&
+	       (reply || e->flags & CT_DENIED || ct_closed(e->flags));
+}
+
 /* Returns enum track_result or a negated drop reason. s->epoch was read before the ends were resolved. */
 static __noinline int track(struct scratch *s, int mode)
 {
 	struct pkt *p;
 	struct ct_entry *e;
-	bool embryonic, from_b, reply = false;
+	bool embryonic, from_b, reply = false, anew = false;
 	int error;
 
 	if (!s)
 		return -DROP_INTERNAL;
 	p = &s->p;
+	s->answers = 0;
+	if (is_nd(p)) /* answered or ignored at its hook; no way into a pod */
+		return -DROP_UNSUPPORTED_DEST;
 	s->leg = mode == TRACK_FROM_PROXY ? LEG_PROXY : LEG_DIRECT;
 	if (p->quoted)
 		return track_related(s);
 	from_b = ct_key_set(&s->key, &p->saddr, p->sport, &p->daddr, p->dport, p->protocol, s->leg);
 	e = ct_find(s, &embryonic);
-	if (e)
+	if (e) {
 		reply = from_b != !!(e->flags & CT_ORIG_B);
+		anew = begins_anew(p, e, reply);
+	}
 	if (mode == TRACK_POLICY && (!e || (e->flags & CT_PROXIED && reply))) {
 		if (answers_proxy(s, from_b))
 			return TRACK_TO_SOCKET;
 		if (e) /* a server that speaks into a connection the proxy serves */
 			return -DROP_PROXY_NOT_FOUND;
 	}
-	if (mode == TRACK_REPLY && !(e && reply))
+	if (mode == TRACK_REPLY && !(e && reply && !anew))
 		return -DROP_INVALID_SIP;
-	if (e && p->protocol == IPPROTO_TCP && (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN && ct_closed(e->flags)) {
-		bpf_map_delete_elem(&ct, &s->key); /* the same ports again */
-		e = NULL;
-	}
-	if (e)
+	if (e && !anew)
 		return track_known(s, e, reply, embryonic);
 	if (mode == TRACK_NODE && p->protocol == IPPROTO_TCP && (p->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
 		return TRACK_ASK;
 	reply = mode == TRACK_REVERSED;
+	s->answers = reply;
 	s->ct_state = reply ? CT_STATE_REPLY : CT_STATE_NEW;
 	s->flags = reply ? CT_SEEN_REPLY : 0;
 	if (mode == TRACK_FROM_PROXY)
@@ -228,6 +255,8 @@ static __noinline int track(struct scratch *s, int mode)
 		return error;
 	if (s->l7)
 		s->flags |= CT_PROXIED;
+	if (anew)
+		bpf_map_delete_elem(&ct, &s->key); /* only now: a refused attempt leaves the row alone */
 	error = ct_create(s, from_b, reply, s->flags);
 	if (error)
 		return error;

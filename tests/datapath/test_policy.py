@@ -18,7 +18,6 @@ from ciliate.identity.numbers import ALLOCATED_MIN, IdentityId, Scope, scope_of
 from ciliate.policy.image import (
     ClassRows,
     Direction,
-    HttpRule,
     PolicyImage,
     PortPrefix,
     Row,
@@ -26,6 +25,7 @@ from ciliate.policy.image import (
     RuleRef,
     RuleSet,
 )
+from ciliate.policy.l7 import HttpRule
 
 from .memory import Kernel
 
@@ -76,7 +76,7 @@ def naive(
 
 # ---- generated images ---------------------------------------------------------------------------------------
 
-_ruleset = RuleSet(http=((HttpRule(method="GET"), ref("l7")),), provenance="default/l7:80")
+_ruleset = RuleSet(rules=((HttpRule(method="GET"), ref("l7")),), provenance="default/l7:80")
 _keys = st.sampled_from(
     [(0, 0, 0), (6, 0, 0), (17, 0, 0), (6, 80, 16), (6, 80, 15), (6, 443, 16), (17, 53, 16), (1, 8, 16), (6, 0, 4)]
 )
@@ -411,7 +411,7 @@ def test_rules_are_explained_after_a_restart(btf: Btf, tmp_path: Path) -> None:
     fresh = RuleIds(tmp_path / "rules.json")
     assert fresh.explain(answer.rule) == (ref("l7"),)
     kernel.restart(fresh)
-    edited = RuleSet(http=((HttpRule(method="POST"), ref("l7")),), provenance=_ruleset.provenance)
+    edited = RuleSet(rules=((HttpRule(method="POST"), ref("l7")),), provenance=_ruleset.provenance)
     before = kernel.writes()
     changed = (replace(rules[0], ruleset=edited),)
     kernel.policy.apply({EndpointId(1): (None, image({300: changed}))}, [], complete=True)
@@ -436,7 +436,7 @@ def test_a_lost_file_gives_new_numbers_never_old_ones(btf: Btf, tmp_path: Path) 
 
 def test_rule_sets_of_one_name_and_different_content_stay_apart(btf: Btf) -> None:
     kernel = Kernel(btf)
-    other = RuleSet(http=((HttpRule(method="PUT"), ref("l7")),), provenance=_ruleset.provenance)
+    other = RuleSet(rules=((HttpRule(method="PUT"), ref("l7")),), provenance=_ruleset.provenance)
     desired = {}
     for number, ruleset in ((1, _ruleset), (2, other)):
         kernel.endpoints.upsert(endpoint_row(number))

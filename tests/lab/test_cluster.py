@@ -213,3 +213,14 @@ def test_another_cluster_runs_beside_with_other_settings_and_leaves_nothing(lab,
     assert f"/{other.name}/" not in Path("/proc/mounts").read_text()
     assert not Path("/run/ciliate-lab", other.name).exists()
     assert lab.run("lab", "get", "nodes").count("yes") == 2
+
+
+def test_every_node_sees_where_a_policy_is_enforced(lab, space):
+    lab.apply(pod(space, "server", "n1"), policy(space, "only-good", "server", "good"))
+
+    def states():
+        listed = [lab.json("policy", "get", f"{space}/only-good", "--node", node) for node in ("n1", "n2")]
+        return [(one["state"], one["nodes"]) for one in listed]
+
+    wanted = ("enforced", {"enforced": 2, "total": 2, "missing": []})
+    assert settles(states, [wanted, wanted]) == [wanted, wanted]

@@ -55,7 +55,7 @@ def said(answer: Answer, rulesets: Any) -> tuple[str, frozenset[str]]:
     ruleset: RuleSet = rulesets[answer.l7]
     rules = {
         repr(sorted((name, value) for name, value in (("method", one.method), ("path", one.path)) if value))
-        for one, _ in ruleset.http
+        for one, _ in ruleset.rules
     }
     return "l7", frozenset(rules | ({"*"} if ruleset.allow_all else set()))
 

@@ -7,7 +7,8 @@ import pytest
 from ciliate.identity.labels import cidr_labels, reserved_labels
 from ciliate.identity.numbers import IdentityId, Reserved
 from ciliate.policy.engine import PolicyEngine
-from ciliate.policy.image import Direction, HttpRule
+from ciliate.policy.image import Direction
+from ciliate.policy.l7 import HttpRule
 from ciliate.policy.parse import parse_object, required_networks
 from ciliate.policy.rules import PolicyError
 
@@ -144,7 +145,7 @@ def test_the_seed_policy_redirects_all_but_the_host() -> None:
         (row,) = rows
         assert (row.key.protocol, row.key.port, row.key.bits) == (6, 8080, 16)
         assert row.ruleset is not None
-        assert [rule for rule, _ in row.ruleset.http] == [HttpRule(method="GET", path="/api/v1/.*")]
+        assert [rule for rule, _ in row.ruleset.rules] == [HttpRule(method="GET", path="/api/v1/.*")]
     assert image.members.keys() == {Reserved.HOST}
     assert {row.ruleset for row in image.members[IdentityId(Reserved.HOST)]} == {None}
     other = frozenset({"k8s:app=web", "k8s:io.kubernetes.pod.namespace=default"})

@@ -6,7 +6,9 @@ from typing import Any
 
 from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.inet6 import (
+    ICMPv6DestUnreach,
     ICMPv6EchoRequest,
+    ICMPv6ND_NA,
     ICMPv6ND_NS,
     ICMPv6NDOptSrcLLAddr,
     IPv6,
@@ -192,7 +194,61 @@ def _node_policy() -> Iterator[dict[str, str]]:
         yield _case(f"IPv4 node policy: to {to}", packet, "eth0", "from_netdev")
 
 
+def _forged() -> Iterator[dict[str, str]]:
+    """What a reading of the programs found, and what tests/bpf tests in full: the oldest kernel must do the same."""
+    for family in (4, 6):
+        pod, client = _PEERS["pod3"][family != 4], _PEERS["remote pod"][family != 4]
+        own, world, node = (
+            f"{'10.1.0.' if family == 4 else 'fd00:1::'}2",
+            _PEERS["world"][family != 4],
+            _PEERS["node"][family != 4],
+        )
+        talk = {"sport": 53000, "dport": 80}
+        back = {"sport": 80, "dport": 53000}
+        yield _case(f"IPv{family} SYN", _ip(family, own, pod) / TCP(**talk, flags="S"))
+        yield _case(f"IPv{family} SYN against the row", _ip(family, pod, own) / TCP(**back, flags="S"), "pod3")
+        yield _case(f"IPv{family} refused", _ip(family, pod, own) / TCP(**back, flags="RA"), "pod3")
+        yield _case(f"IPv{family} SYN again", _ip(family, own, pod) / TCP(**talk, flags="S"))
+        out = {"sport": 53001, "dport": 80}
+        yield _case(f"IPv{family} to the world", _ip(family, own, world) / UDP(**out) / Raw(b"ask"))
+        begun = bytes(_ip(family, node, world) / UDP(**out) / Raw(b"ask"))
+        error = ICMP(type=3, code=3) if family == 4 else ICMPv6DestUnreach(code=4)
+        yield _case(
+            f"IPv{family} error to the mapping", _ip(family, client, node) / error / Raw(begun), "eth0", "from_netdev"
+        )
+        router = "203.0.113.1" if family == 4 else "2001:db8:ffff::1"
+        yield _case(
+            f"IPv{family} error of a router", _ip(family, router, node) / error / Raw(begun), "eth0", "from_netdev"
+        )
+        answer = _ip(family, world, node) / UDP(sport=80, dport=53001) / Raw(b"answer")
+        yield _case(f"IPv{family} answer to the mapping", answer, "eth0", "from_netdev")
+        stray = _ip(family, world, node) / TCP(sport=80, dport=53001, flags="S")
+        yield _case(f"IPv{family} no answer to a mapping", stray, "eth0", "from_netdev")
+        local = "127.0.0.1" if family == 4 else "fe80::1"
+        yield _case(f"IPv{family} to what stays on the link", _ip(family, own, local) / UDP(**out))
+        yield _case(f"IPv{family} from the loopback", _ip(family, local, pod) / UDP(**out), "eth0", "from_netdev")
+        whole = bytes(_ether(_ip(family, own, pod) / TCP(**talk, flags="S")))
+        at, short = (16, 28) if family == 4 else (18, 8)
+        padded = whole[:at] + short.to_bytes(2, "big") + whole[at + 2 :] + bytes(8)
+        yield {
+            "name": f"IPv{family} header in the padding",
+            "program": "from_pod",
+            "device": "pod2",
+            "frame": padded.hex(),
+        }
+        yield _case(
+            f"IPv{family} host to nobody",
+            _ip(family, node, _PEERS["nobody"][family != 4]) / UDP(**out),
+            "ciliate_host",
+            "from_host",
+        )
+    lie = IPv6(src=_PEERS["world"][1], dst=_PEERS["pod3"][1], hlim=255) / ICMPv6ND_NA(tgt="fe80::c111")
+    yield _case("ND from the underlay", lie, "eth0", "from_netdev")
+    inside = IP(src="10.1.0.2", dst="10.1.0.3", id=81, frag=1, proto=6) / Raw(bytes(24))
+    yield _case("IPv4 fragment inside the TCP header", inside)
+
+
 def all_cases() -> list[dict[str, str]]:
     """Return the packets, in the order in which they are sent."""
     node = [case | {"policy": "node"} for case in _node_policy()]
-    return [*_connections(), *_control(), *_odd(), *_other_hooks(), *node]
+    return [*_connections(), *_control(), *_odd(), *_other_hooks(), *_forged(), *node]

@@ -49,6 +49,5 @@ def run(script: str, folder: Path, *, image: Path, timeout: float = TIMEOUT) -> 
 
 
 def python_command(*arguments: str) -> str:
-    """Return a shell command that runs this interpreter on this tree's sources and leaves no files behind."""
-    settings = ["PYTHONDONTWRITEBYTECODE=1", f"PYTHONPATH={ROOT / 'src'}"]
-    return shlex.join(["env", *settings, sys.executable, *arguments])
+    """Return a shell command that runs this interpreter on the sources beside this file, and leaves no files behind."""
+    return shlex.join(["env", "PYTHONDONTWRITEBYTECODE=1", f"PYTHONPATH={ROOT / 'src'}", sys.executable, *arguments])

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from ipaddress import IPv4Address, IPv6Address, ip_network
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def _echo(pod: Path, target: str) -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def _transfer(client: Path, server: Path, address: str) -> dict[str, Any]:
+def transfer(client: Path, server: Path, address: str) -> dict[str, Any]:
     """Send a megabyte; return the digest and the client's address as the server saw them."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     seen: dict[str, Any] = {}
@@ -135,23 +136,31 @@ def _transfer(client: Path, server: Path, address: str) -> dict[str, Any]:
     return seen
 
 
-def collect() -> dict[str, Any]:
-    """Return what passed."""
+@contextmanager
+def two_nodes() -> Iterator[tuple[dict[int, Path], dict[int, Path], dict[int, Datapath]]]:
+    """Nodes, the pod of each, and their datapaths."""
     with ExitStack() as stack:
         nodes = {n: stack.enter_context(namespace(f"over{n}")) for n in NODES}
         pods = {n: stack.enter_context(namespace(f"overpod{n}")) for n in NODES}
         _cable(nodes)
+        paths = {n: _datapath(stack, n, node) for n, node in nodes.items()}
         for number, node in nodes.items():
-            _pod(_datapath(stack, number, node), number, node, pods[number])
+            _pod(paths[number], number, node, pods[number])
+        yield nodes, pods, paths
+
+
+def collect() -> dict[str, Any]:
+    """Return what passed."""
+    with two_nodes() as (nodes, pods, _):
         return {
             "echo4": _echo(pods[1], "10.2.0.5"),
             "echo6": _echo(pods[1], "fd00:2::5"),
             "echo from node": _echo(nodes[2], "10.1.0.5"),
             "echo to other node": _echo(pods[1], "192.0.2.2"),
-            "tcp4": _transfer(pods[1], pods[2], "10.2.0.5"),
-            "tcp6": _transfer(pods[1], pods[2], "fd00:2::5"),
-            "masqueraded4": _transfer(pods[1], nodes[2], "192.0.2.2"),
-            "masqueraded6": _transfer(pods[1], nodes[2], "2001:db8::2"),
+            "tcp4": transfer(pods[1], pods[2], "10.2.0.5"),
+            "tcp6": transfer(pods[1], pods[2], "fd00:2::5"),
+            "masqueraded4": transfer(pods[1], nodes[2], "192.0.2.2"),
+            "masqueraded6": transfer(pods[1], nodes[2], "2001:db8::2"),
         }
 
 

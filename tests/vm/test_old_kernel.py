@@ -12,6 +12,7 @@ import pytest
 
 from . import machine
 from .cases import all_cases
+from .loads import COMBINATIONS
 from .overlay import PAYLOAD
 
 TRAFFIC = "test_pods_talk_and_policy_decides or test_removed_pod_leaves_nothing"
@@ -25,10 +26,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vm")
     (folder / "cases.json").write_text(json.dumps(all_cases()))
     results = machine.python_command("-m", "tests.vm.results", str(folder / "cases.json"), str(folder / "vm.json"))
+    loads = machine.python_command("-m", "tests.vm.loads", str(folder / "loads.json"))
     overlay = machine.python_command("-m", "tests.vm.overlay", str(folder / "overlay.json"))
     tests = ["tests/datapath/test_node.py", "-k", TRAFFIC, f"--junitxml={folder}/traffic.xml"]
     traffic = machine.python_command("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
-    script = f"cd {machine.ROOT}; {results} 2>&1; {overlay} 2>&1; {traffic} 2>&1"
+    script = f"cd {machine.ROOT}; {results} 2>&1; {loads} 2>&1; {overlay} 2>&1; {traffic} 2>&1"
     (folder / "console.txt").write_text(machine.run(script, folder, image=machine.kernel()))
     return folder
 
@@ -54,6 +56,13 @@ def test_every_program_loads(there: dict[str, Any]) -> None:
     assert there["kernel"].startswith("6.1.")
     assert there["attach"] == "clsact"
     assert there["programs"] == ["from_host", "from_netdev", "from_overlay", "from_pod", "to_netdev"]
+
+
+def test_every_program_loads_with_other_flags(folder: Path) -> None:
+    """tests/bpf/test_verifier.py turns them all, on the machine at hand."""
+    path = folder / "loads.json"
+    assert path.exists(), (folder / "console.txt").read_text()
+    assert json.loads(path.read_text()) == dict.fromkeys(COMBINATIONS, "loaded")
 
 
 def test_same_answers(here: dict[str, Any], there: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
@@ -15,40 +14,28 @@ from ciliate.daemon.endpoints import EndpointTable, LocalEndpoint
 from ciliate.daemon.enforcement import Enforcement
 from ciliate.daemon.ipcache import IpTable, NodeAddresses, PodAddress
 from ciliate.daemon.monitor import Decoder, Hub
+from ciliate.daemon.named_ports import NamedPortTable
+from ciliate.daemon.objects import ClusterObjects, Read
+from ciliate.daemon.policy_status import own_report, status_documents
 from ciliate.daemon.removals import Removals
 from ciliate.datapath.endpoints import EndpointId, EndpointRow
 from ciliate.datapath.node import Datapath, DatapathConfig
 from ciliate.identity.labels import Labels, pod_labels, reserved_labels
 from ciliate.identity.numbers import ALLOCATED_MIN, IdentityId, Reserved
 from ciliate.ipam.pool import HostIpam
-from ciliate.k8s.manifests import Manifests, ObjectKey
-from ciliate.k8s.objects import Namespace, ObjectError, Pod, namespace_of, parse_namespace, parse_pod
+from ciliate.k8s.manifests import Manifests, ObjectKey, ScanResult
+from ciliate.k8s.objects import namespace_of
 from ciliate.kvstore.addresses import Addresses, IpEntry, NamedPort
 from ciliate.kvstore.identities import IdentityAllocator
 from ciliate.kvstore.nodes import Nodes
+from ciliate.kvstore.reports import PolicyReports, Report
 from ciliate.kvstore.store import FileStore
 from ciliate.node.model import Node
 from ciliate.policy.engine import PolicyEngine
-from ciliate.policy.parse import parse_object
-from ciliate.policy.rules import PolicyError, PolicyObject
 from ciliate.proxy.api import AccessLogEntry
 from ciliate.proxy.client import ProxyClient, ProxyRequestError, ProxyUnavailableError
 
 log = structlog.get_logger()
-POLICY_KINDS = frozenset({"NetworkPolicy", "CiliumNetworkPolicy", "CiliumClusterwideNetworkPolicy"})
-Key = tuple[str, str, str]
-
-
-@dataclass(slots=True)
-class Cluster:
-    """What the manifests say: typed objects, and what is wrong with the others. The last valid object stays."""
-
-    pods: dict[tuple[str, str], Pod] = field(default_factory=dict)
-    namespaces: dict[str, Namespace] = field(default_factory=dict)
-    policies: dict[Key, PolicyObject] = field(default_factory=dict)
-    rejected: dict[Key, str] = field(default_factory=dict)
-    problems: dict[str, str] = field(default_factory=dict)
-    """By file."""
 
 
 class Agent:
@@ -62,12 +49,15 @@ class Agent:
         self.endpoints = EndpointTable(config.state_dir / "endpoints.json")
         self.table = IpTable()
         self.hub = Hub()
-        self.cluster = Cluster()
+        self.cluster = ClusterObjects(config.state_dir / "policies")
+        self.unreadable: dict[str, str] = {}
+        """What is wrong with a manifest, by file."""
         self.node = self._own_node()
         self.store = FileStore(config.kvstore_dir)
         self.identities = IdentityAllocator(self.store, config.node_name, config.cluster_id)
         self.addresses = Addresses(self.store)
         self.nodes = Nodes(self.store)
+        self.reports = PolicyReports(self.store, config.cluster_name)
         self.manifests = Manifests(config.manifests_dir)
         self.proxy = ProxyClient(config.proxy_socket)
         self.ipam = HostIpam(config.cidrs(), node=config.node_name)
@@ -76,6 +66,7 @@ class Agent:
         self.engine = PolicyEngine(cluster=config.cluster_name, cluster_id=config.cluster_id)
         for number, labels in reserved_labels().items():
             self.engine.identities.add(number, labels)
+        self.ports = NamedPortTable(self.engine.set_named_ports)
         self.waiting = {"manifests", "identities", "addresses", "nodes"}
         """Sources that have not reported yet."""
         self.datapath: Datapath
@@ -83,6 +74,7 @@ class Agent:
         self.ready = False
         self._scanning = asyncio.Lock()
         self._remote: dict[str, Node] = {}
+        self._reports: dict[str, Report] = {}
         self._housekeeping = asyncio.Event()
 
     # ---- life -------------------------------------------------------------------------------------------------
@@ -147,6 +139,8 @@ class Agent:
                 continue
             self.engine.identities.add(one.identity_id, one.label_set)
             self.table.pods |= self._rows(one)
+            for address in one.addresses:
+                self.ports.set(address, one.identity_id, frozenset(one.named_ports))
             self.datapath.endpoints.upsert(self.row(one))
         for orphan in self.datapath.pod_interfaces() - {one.device for one in self.endpoints}:
             self.removals.start(orphan)
@@ -162,6 +156,8 @@ class Agent:
             group.create_task(self._follow_identities())
             group.create_task(self._follow_addresses())
             group.create_task(self._follow_nodes())
+            group.create_task(self._follow_reports())
+            group.create_task(self._report())
             group.create_task(self._read_events())
             group.create_task(self._read_accesslog())
             group.create_task(self._keep_house())
@@ -246,7 +242,8 @@ class Agent:
             number = await asyncio.to_thread(self.identities.acquire, labels)
             self.engine.identities.add(number, labels)
         one.identity, one.labels, one.named_ports = number, sorted(labels), sorted(ports)
-        self.engine.set_named_ports(number, ports)
+        for address in one.addresses:
+            self.ports.set(address, number, ports)
         if former is not None:
             await asyncio.to_thread(self.identities.release, former)
         return True
@@ -278,6 +275,7 @@ class Agent:
         self.removals.start(one.device)
         for address in one.addresses:
             self.table.pods.pop(address, None)
+            self.ports.remove(address)
         self.ipam.release(one.owner)
         self.endpoints.remove(one)
         self.enforcement.request()
@@ -296,43 +294,20 @@ class Agent:
         """Read the manifests; return the enforcement request that covers what they say now."""
         async with self._scanning:
             found = await asyncio.to_thread(self.manifests.scan)
-            self.cluster.problems = {str(file): text for file, text in found.problems.items()}
+            self.unreadable = {str(file): text for file, text in found.problems.items()}
+            read = await asyncio.to_thread(self._read, found)
             for key in found.removed:
-                self._forget(key)
-            for key in sorted(found.changed, key=lambda one: (one.kind, one.namespace, one.name)):
-                self._learn(key, found.objects[key])
+                self.cluster.forget(key)
+            for one in read:
+                self.cluster.learn(one)
+            self.cluster.settle(found.objects.keys(), unreadable=bool(found.problems))
             self.enforcement.set_policies(self.cluster.policies)
             await self._identify_all({*found.changed, *found.removed})
             return self.enforcement.request()
 
-    def _learn(self, key: ObjectKey, raw: Mapping[str, Any]) -> None:
-        cluster, name = self.cluster, (key.kind, key.namespace, key.name)
-        try:
-            match key.kind:
-                case "Pod":
-                    cluster.pods[key.namespace, key.name] = parse_pod(raw)
-                case "Namespace":
-                    cluster.namespaces[key.name] = parse_namespace(raw)
-                case kind if kind in POLICY_KINDS:
-                    policy = parse_object(raw)
-                    cluster.policies[policy.key] = policy
-                case _:
-                    return
-        except (PolicyError, ObjectError) as error:
-            cluster.rejected[name] = str(error)
-            log.warning("object-rejected", kind=key.kind, namespace=key.namespace, name=key.name, problem=str(error))
-        else:
-            cluster.rejected.pop(name, None)
-
-    def _forget(self, key: ObjectKey) -> None:
-        self.cluster.rejected.pop((key.kind, key.namespace, key.name), None)
-        match key.kind:
-            case "Pod":
-                self.cluster.pods.pop((key.namespace, key.name), None)
-            case "Namespace":
-                self.cluster.namespaces.pop(key.name, None)
-            case kind if kind in POLICY_KINDS:
-                self.cluster.policies.pop((key.kind, key.namespace, key.name), None)
+    def _read(self, found: ScanResult) -> list[Read]:
+        read = (self.cluster.read(key, found.objects[key]) for key in sorted(found.changed))
+        return [one for one in read if one is not None]
 
     async def _identify_all(self, keys: set[ObjectKey]) -> None:
         """Pods whose labels, or whose namespace's, may have changed get the identity they have now."""
@@ -357,35 +332,51 @@ class Agent:
         return {
             "revision": outcome.revision,
             "epoch": outcome.epoch,
-            "objects": self.policies(),
+            "objects": self._policies({self.config.node_name}),
             "problems": self.problems(),
             "elapsed_ms": round((time.perf_counter() - began) * 1000, 3),
         }
 
     def problems(self) -> list[str]:
         """Return what is not as asked for."""
-        files = [f"{file}: {text}" for file, text in sorted(self.cluster.problems.items())]
-        return [*files, *self.cluster.rejected.values(), *self.enforcement.last.problems]
+        files = [f"{file}: {text}" for file, text in sorted(self.unreadable.items())]
+        return [*files, *map(str, self.cluster.rejected.values()), *self.enforcement.last.problems]
 
     def policies(self) -> list[dict[str, Any]]:
-        """Return each policy object and whether it is enforced."""
-        pending = "; ".join(self.enforcement.last.problems)
-        listed = []
-        for key in sorted(self.cluster.policies.keys() | self.cluster.rejected.keys()):
-            rejected = self.cluster.rejected.get(key, "")
-            listed.append(
-                {
-                    "kind": key[0],
-                    "namespace": key[1],
-                    "name": key[2],
-                    "state": "rejected" if rejected else "pending" if pending else "enforced",
-                    "message": rejected or pending,
-                    "in_force": key in self.cluster.policies,
-                }
-            )
-        return listed
+        """Return each policy's status in the cluster."""
+        return self._policies({*self._remote, self.config.node_name})
+
+    def _policies(self, nodes: set[str]) -> list[dict[str, Any]]:
+        own = {self.config.node_name: own_report(self.cluster, self.enforcement.in_force)}
+        return status_documents(
+            self.cluster,
+            self._reports | own,
+            nodes,
+            {},
+            self.enforcement.last.problems,
+        )
 
     # ---- sources ----------------------------------------------------------------------------------------------
+
+    async def _follow_reports(self) -> None:
+        """Follow which policies the other nodes enforce."""
+        async for batch in self.reports.watch():
+            for node, report in batch.items():
+                if report is None:
+                    self._reports.pop(node, None)
+                else:
+                    self._reports[node] = report
+
+    async def _report(self) -> None:
+        """Tell the other nodes, after each pass, which policies are enforced here."""
+        told: Report | None = None
+        passes = 0
+        while True:
+            passes = await self.enforcement.passed(passes)
+            report = own_report(self.cluster, self.enforcement.in_force)
+            if report != told:
+                await asyncio.to_thread(self.reports.publish, self.config.node_name, report)
+                told = report
 
     async def _follow_manifests(self) -> None:
         number = await self.scan()
@@ -417,9 +408,10 @@ class Agent:
                         pod=f"{entry.namespace}/{entry.pod}" if entry.pod else "",
                     )
                     ports = frozenset((one.name, one.protocol, one.port) for one in entry.named_ports)
-                    self.engine.set_named_ports(IdentityId(entry.identity), ports)
+                    self.ports.set(address, IdentityId(entry.identity), ports)
                 elif (known := self.table.pods.get(address)) is not None and known.host != self._host():
                     del self.table.pods[address]
+                    self.ports.remove(address)
             self.enforcement.request()
             await self._reported("addresses")
 

@@ -27,6 +27,7 @@ from ciliate.datapath.policy import Desired, PolicyReport
 from ciliate.identity.labels import Network, cidr_labels
 from ciliate.policy.engine import PolicyEngine
 from ciliate.policy.image import RuleRef, RuleSet
+from ciliate.policy.l7 import HttpRule, L7Protocol
 from ciliate.policy.parse import required_networks
 from ciliate.policy.rules import PolicyObject
 from ciliate.proxy.api import HttpRuleSpec, RulesetSpec
@@ -68,12 +69,15 @@ class Enforcement:
         self._endpoints = endpoints
         self._cidrs = cidrs
         self._proxy = proxy
+        self.in_force: Mapping[Key, PolicyObject] = {}
+        """The policies that the datapath enforces, as of the last pass that left no problem."""
         self._objects: dict[Key, PolicyObject] = {}
         self._written: dict[Any, IpcacheRow] = {}
         self._pruned = False
         self._proxied: dict[int, RulesetSpec] = {}
         self._asked = 0
         self._done = 0
+        self._passes = 0
         self._wake = asyncio.Event()
         self._passed = asyncio.Condition()
 
@@ -90,6 +94,12 @@ class Enforcement:
         async with self._passed:
             await self._passed.wait_for(lambda: self._done >= number)
         return self.last
+
+    async def passed(self, after: int) -> int:
+        """Return how many passes there have been, once there are more than ``after``."""
+        async with self._passed:
+            await self._passed.wait_for(lambda: self._passes > after)
+        return self._passes
 
     def set_policies(self, objects: Mapping[Key, PolicyObject]) -> None:
         """Make these the cluster's policies, at the next pass."""
@@ -113,6 +123,7 @@ class Enforcement:
                 self.last = Pass(revision=number, problems=[f"the datapath refused a change: {error}"])
                 asyncio.get_running_loop().call_later(1, self._wake.set)
             self._done = number
+            self._passes += 1
             async with self._passed:
                 self._passed.notify_all()
 
@@ -138,6 +149,8 @@ class Enforcement:
         if self.complete:
             await self._prepare_proxy(wanted, outcome, prune=True)
             await self._forget_cidrs(set(self._cidrs.numbers) - networks)
+        if not outcome.problems:
+            self.in_force = objects
         outcome.took = time.perf_counter() - began
         return outcome
 
@@ -234,8 +247,10 @@ def _specs(rulesets: Mapping[int, RuleSet]) -> dict[int, RulesetSpec]:
                 HttpRuleSpec(
                     method=rule.method, path=rule.path, host=rule.host, headers=rule.headers, rule=rule_text(ref)
                 )
-                for rule, ref in one.http
+                for rule, ref in one.rules
+                if isinstance(rule, HttpRule)
             ),
         )
         for number, one in rulesets.items()
+        if one.protocol is L7Protocol.HTTP  # nobody serves the others yet: no listener, so they are dropped
     }

@@ -162,7 +162,7 @@ def _node_sysctls(native: str, overlay: bool) -> None:
         values[f"ipv4/conf/{device}/rp_filter"] = "0"
         values[f"ipv4/conf/{device}/forwarding"] = "1"
         values[f"ipv6/conf/{device}/forwarding"] = "1"
-    for device in devices[:2]:
+    for device in [d for d in devices if d != native]:  # whatever the default for new devices is
         values[f"ipv6/conf/{device}/accept_ra"] = "0"
         values[f"ipv6/conf/{device}/disable_ipv6"] = "0"
     write_sysctls(values)

@@ -117,7 +117,7 @@ class RuleIds:
 
 def ruleset_content(ruleset: RuleSet) -> str:
     """Return a short name of what a rule set says."""
-    return hashlib.sha256(repr((ruleset.http, ruleset.allow_all)).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((ruleset.protocol, ruleset.rules, ruleset.allow_all)).encode()).hexdigest()[:16]
 
 
 def ruleset_names(rulesets: Iterable[RuleSet]) -> Mapping[int, str]:

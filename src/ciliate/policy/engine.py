@@ -16,7 +16,7 @@ from ciliate.identity.selectors import IdentityIndex
 from ciliate.policy.flatten import ANY, Entry, differing, flatten
 from ciliate.policy.image import ClassRows, Direction, PolicyImage, RuleRef
 from ciliate.policy.peers import EVERYBODY, Meant, PeerResolver
-from ciliate.policy.rules import PolicyObject, PortSpec, Rule, Subject
+from ciliate.policy.rules import Action, PolicyObject, PortSpec, Rule, Subject
 
 Key = tuple[str, str, str]
 NamedPorts = frozenset[tuple[str, int, int]]
@@ -158,7 +158,7 @@ class PolicyEngine:
     def _applied(self, rule: Rule, direction: Direction, ports: NamedPorts) -> _Applied:
         meant = self._peers.resolve(rule.peers)
         if rule.ports is None:
-            return _Applied((Entry(ref=rule.ref, deny=rule.deny, protocol=ANY),), (), meant)
+            return _Applied((Entry(ref=rule.ref, deny=rule.action is Action.DENY, protocol=ANY),), (), meant)
         entries, named = [], []
         for spec in rule.ports:
             entry = _entry(rule, spec)
@@ -219,16 +219,18 @@ class PolicyEngine:
 
 
 def _entry(rule: Rule, spec: PortSpec) -> Entry:
-    return Entry(ref=rule.ref, deny=rule.deny, protocol=spec.protocol, low=spec.low, high=spec.high, http=spec.http)
+    return Entry(
+        ref=rule.ref, deny=rule.action is Action.DENY, protocol=spec.protocol, low=spec.low, high=spec.high, l7=spec.l7
+    )
 
 
 def _at(entry: Entry, port: int) -> Entry:
-    return Entry(ref=entry.ref, deny=entry.deny, protocol=entry.protocol, low=port, high=port, http=entry.http)
+    return Entry(ref=entry.ref, deny=entry.deny, protocol=entry.protocol, low=port, high=port, l7=entry.l7)
 
 
 def _without_l7(entry: Entry) -> Entry:
     """The host's own requests (the kubelet's probes) are not judged by their content."""
-    if entry.http is None:
+    if entry.l7 is None:
         return entry
     return Entry(ref=entry.ref, deny=entry.deny, protocol=entry.protocol, low=entry.low, high=entry.high)
 

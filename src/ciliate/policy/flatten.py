@@ -4,7 +4,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ciliate.policy.image import ClassRows, HttpRule, PortPrefix, Row, RowVerdict, RuleRef, RuleSet
+from ciliate.policy.image import ClassRows, PortPrefix, Row, RowVerdict, RuleRef, RuleSet
+from ciliate.policy.l7 import L7, L7Rule
 
 ANY = 0
 """Protocol of what is about all protocols and ports."""
@@ -14,14 +15,14 @@ LAST_PORT = 65535
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """What one rule says about a range of ports of one protocol. ``http`` None: no L7 conditions."""
+    """What one rule says about a range of ports of one protocol. ``l7`` None: no L7 conditions."""
 
     ref: RuleRef
     deny: bool
     protocol: int
     low: int = 0
     high: int = LAST_PORT
-    http: tuple[HttpRule, ...] | None = None
+    l7: L7 | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,21 +41,29 @@ def decide(entries: Sequence[Entry], where: str = "") -> _Answer | None:
         return None
     if denies := [one for one in entries if one.deny]:
         return _Answer(RowVerdict.DENY, _refs(denies))
-    judged = [one for one in entries if one.http is not None]
+    judged = [(one, one.l7) for one in entries if one.l7 is not None]
     if not judged:
         return _Answer(RowVerdict.ALLOW, _refs(entries))
-    rules = sorted({(rule, one.ref) for one in judged for rule in one.http or ()}, key=_order)
-    plain = [one for one in entries if one.http is None]
-    objects = sorted({f"{one.ref.kind} {one.ref.namespace}/{one.ref.name}" for one in judged})
-    ruleset = RuleSet(http=tuple(rules), allow_all=bool(plain), provenance=f"{where} {', '.join(objects)}")
-    return _Answer(RowVerdict.REDIRECT, _refs([*judged, *plain]), ruleset)
+    protocols = {l7.protocol for _, l7 in judged}
+    if len(protocols) > 1:  # nobody can understand both: fail closed
+        return _Answer(RowVerdict.DENY, _refs(one for one, _ in judged))
+    rules = sorted({(rule, one.ref) for one, l7 in judged for rule in l7.rules}, key=_order)
+    plain = [one for one in entries if one.l7 is None]
+    objects = sorted({f"{one.ref.kind} {one.ref.namespace}/{one.ref.name}" for one, _ in judged})
+    ruleset = RuleSet(
+        protocol=protocols.pop(),
+        rules=tuple(rules),
+        allow_all=bool(plain),
+        provenance=f"{where} {', '.join(objects)}",
+    )
+    return _Answer(RowVerdict.REDIRECT, _refs([*(one for one, _ in judged), *plain]), ruleset)
 
 
 def _refs(entries: Iterable[Entry]) -> tuple[RuleRef, ...]:
     return tuple(sorted({one.ref for one in entries}))
 
 
-def _order(pair: tuple[HttpRule, RuleRef]) -> tuple[str, RuleRef]:
+def _order(pair: tuple[L7Rule, RuleRef]) -> tuple[str, RuleRef]:
     return repr(pair[0]), pair[1]
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 from ciliate.identity.numbers import IdentityId, Scope
+from ciliate.policy.l7 import L7Protocol, L7Rule, Listener, TlsContext
 
 
 class Direction(IntEnum):
@@ -42,23 +43,17 @@ class RuleRef:
     index: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, order=True)
-class HttpRule:
-    """One HTTP rule: every given field must match. Patterns are RE2, full match; None matches anything."""
-
-    method: str | None = None
-    path: str | None = None
-    host: str | None = None
-    headers: tuple[tuple[str, str | None], ...] = ()
-    """Name and exact value; None: the header must be present."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuleSet:
     """L7 rules that one redirect enforces. ``allow_all``: some rule allows this traffic without L7 conditions."""
 
-    http: tuple[tuple[HttpRule, RuleRef], ...]
+    rules: tuple[tuple[L7Rule, RuleRef], ...]
+    protocol: L7Protocol = L7Protocol.HTTP
     allow_all: bool = False
+    server_names: tuple[str, ...] = ()
+    terminating: TlsContext | None = None
+    originating: TlsContext | None = None
+    listener: Listener | None = None
     provenance: str = ""
     """Stable name (who asked for the redirect, on which port): editing rules keeps it, so the rule set id stays."""
 
@@ -101,3 +96,23 @@ class PolicyImage:
     members: Mapping[IdentityId, ClassRows] = field(default_factory=dict)
     default_rules: tuple[RuleRef, ...] = ()
     """Who imposed default deny (section ``default``)."""
+
+    def lookup(self, identity: IdentityId, scope: Scope, protocol: int, port: int, *, known: bool = True) -> Row | None:
+        """Return the row that answers, as the datapath finds it; None: default deny. ``port``: ICMP's type for ICMP."""
+        default = (self.defaults if known else self.unknown).get(scope, ())
+        for rows in (self.members.get(identity, ()) if known else (), default):
+            if (row := longest_match(rows, protocol, port)) is not None:
+                return row
+        return None
+
+
+def longest_match(rows: ClassRows, protocol: int, port: int) -> Row | None:
+    """Return the row with the longest prefix that covers a protocol's port."""
+    best: Row | None = None
+    for row in rows:
+        key = row.key
+        shift = 16 - key.bits
+        covers = key.protocol == 0 or (key.protocol == protocol and key.port >> shift == port >> shift)
+        if covers and (best is None or (key.protocol != 0, key.bits) > (best.key.protocol != 0, best.key.bits)):
+            best = row
+    return best

@@ -10,7 +10,7 @@ from ciliate.policy.document import At
 from ciliate.policy.image import Direction, RuleRef
 from ciliate.policy.parse_ports import icmps, network_policy_ports, to_ports
 from ciliate.policy.peers import ENTITIES
-from ciliate.policy.rules import CidrPeer, EntityPeer, LabelPeer, Peer, PolicyError, PolicyObject, Rule, Subject
+from ciliate.policy.rules import Action, CidrPeer, EntityPeer, LabelPeer, Peer, PolicyError, PolicyObject, Rule, Subject
 from ciliate.policy.selecting import (
     any_namespace,
     cilium_selector,
@@ -152,7 +152,8 @@ def _cilium_rule(at: At, ref: RuleRef, direction: Direction, *, deny: bool, name
         at.child("icmps").fail("cannot be combined with toPorts: write two rules")
     if peers is None and ports is None and types is None:
         return []  # a rule that names nobody and nothing allows nothing; its section still imposes default deny
-    return [Rule(ref=ref, direction=direction, deny=deny, peers=peers, ports=types if types is not None else ports)]
+    action = Action.DENY if deny else Action.ALLOW
+    return [Rule(ref=ref, direction=direction, action=action, peers=peers, ports=types if types is not None else ports)]
 
 
 def _cilium_peers(at: At, prefix: str, namespace: str) -> tuple[Peer, ...] | None:

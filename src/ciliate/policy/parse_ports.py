@@ -7,7 +7,7 @@ from typing import Any, Final
 import re2
 
 from ciliate.policy.document import At
-from ciliate.policy.image import HttpRule
+from ciliate.policy.l7 import L7, HttpRule, L7Protocol
 from ciliate.policy.rules import ANY_PROTOCOLS, PROTOCOLS, PortSpec
 
 MAX_PORTS: Final = 40
@@ -55,23 +55,23 @@ def to_ports(at: At, *, deny: bool) -> tuple[PortSpec, ...] | None:
     for one in at.items():
         fields = {"ports"} if deny else {"ports", "rules"}
         one.mapping(fields, unsupported={"terminatingTLS", "originatingTLS", "serverNames", "listener"})
-        http = None if deny else _l7(one.child("rules"))
+        l7 = None if deny else _l7(one.child("rules"))
         ports = list(one.child("ports").items())
         if len(ports) > MAX_PORTS:
             one.child("ports").fail(f"{len(ports)} ports; at most {MAX_PORTS} are allowed")
         if not ports:
-            if http is not None:
+            if l7 is not None:
                 one.child("rules").fail("L7 rules need ports")
             found.append(PortSpec(protocol=0))
         for port in ports:
-            found += _port(port, http)
+            found += _port(port, l7)
     return tuple(found)
 
 
-def _port(at: At, http: tuple[HttpRule, ...] | None) -> Iterator[PortSpec]:
+def _port(at: At, l7: L7 | None) -> Iterator[PortSpec]:
     at.mapping({"port", "endPort", "protocol"})
     protocols = _protocols(at.child("protocol"))
-    if http is not None and protocols != (6,):
+    if l7 is not None and protocols != (6,):
         at.child("protocol").fail("HTTP rules need protocol TCP")
     port = at.child("port")
     if port.absent or port.value == "":
@@ -80,10 +80,10 @@ def _port(at: At, http: tuple[HttpRule, ...] | None) -> Iterator[PortSpec]:
         port.fail(f'must be a string: write "{port.value}"')
     text = port.text()
     if not text.isdigit():
-        yield from _named(at, text, protocols, http)
+        yield from _named(at, text, protocols, l7)
         return
     low, high = _range(at, int(text))
-    if low == 0 and http is not None:
+    if low == 0 and l7 is not None:
         port.fail('"0" is not allowed with L7 rules')
     for protocol in protocols:
         if low == 0:
@@ -91,16 +91,16 @@ def _port(at: At, http: tuple[HttpRule, ...] | None) -> Iterator[PortSpec]:
             if len(protocols) > 1:
                 return
         else:
-            yield PortSpec(protocol=protocol, low=low, high=high, http=http)
+            yield PortSpec(protocol=protocol, low=low, high=high, l7=l7)
 
 
-def _named(at: At, name: str, protocols: tuple[int, ...], http: tuple[HttpRule, ...] | None) -> Iterator[PortSpec]:
+def _named(at: At, name: str, protocols: tuple[int, ...], l7: L7 | None) -> Iterator[PortSpec]:
     if not _NAME.fullmatch(name.lower()):
         at.child("port").fail(f"{name!r} is neither a port number nor a port name")
     if not at.child("endPort").absent:
         at.child("endPort").fail("a named port has no range")
     for protocol in protocols:
-        yield PortSpec(protocol=protocol, name=name.lower(), http=http)
+        yield PortSpec(protocol=protocol, name=name.lower(), l7=l7)
 
 
 def _range(at: At, low: int) -> tuple[int, int]:
@@ -130,14 +130,14 @@ def _protocols(at: At) -> tuple[int, ...]:
 # ---- L7 -----------------------------------------------------------------------------------------------------
 
 
-def _l7(at: At) -> tuple[HttpRule, ...] | None:
+def _l7(at: At) -> L7 | None:
     if at.absent:
         return None
     at.mapping({"http"}, unsupported={"kafka", "dns", "l7proto", "l7"})
     http = at.child("http")
     if http.absent:
         return None
-    return tuple(_http(one) for one in http.items())
+    return L7(protocol=L7Protocol.HTTP, rules=tuple(_http(one) for one in http.items()))
 
 
 def _http(at: At) -> HttpRule:

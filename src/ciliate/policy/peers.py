@@ -7,7 +7,7 @@ from typing import Final
 from ciliate.identity.labels import CLUSTER, NAMESPACE
 from ciliate.identity.numbers import IdentityId, Reserved, Scope, scope_of
 from ciliate.identity.selectors import Bitmap, IdentityIndex, Operator, Requirement, Selector
-from ciliate.policy.rules import CidrPeer, EntityPeer, LabelPeer, Peer
+from ciliate.policy.rules import CidrGroupPeer, CidrPeer, EntityPeer, FqdnPeer, LabelPeer, NodePeer, Peer, ServicePeer
 
 ALL_SCOPES: Final = frozenset(Scope)
 _WORLD: Final = frozenset({Reserved.WORLD, Reserved.WORLD_IPV4, Reserved.WORLD_IPV6})
@@ -99,6 +99,8 @@ class PeerResolver:
                 return self._cidr(peer)
             case EntityPeer(name=name):
                 return self._entity(name)
+            case CidrGroupPeer() | NodePeer() | ServicePeer() | FqdnPeer():
+                raise NotImplementedError(peer)
 
     def _labels(self, selector: Selector) -> Meant:
         reserved = any(one.key.startswith("reserved:") for one in selector.requirements)
