@@ -2,11 +2,15 @@
 
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
+from scapy.layers.inet import ICMP, IP, UDP
+from scapy.layers.inet6 import ICMPv6EchoRequest, IPv6
+from scapy.layers.l2 import Dot1Q, Ether
 
 from ciliate.datapath.endpoints import HOST_ENDPOINT
 from ciliate.datapath.exemptions import LEASES, Exemption, api_servers, open_ports
@@ -345,6 +349,63 @@ def test_tunnel_port_is_open_to_nodes_only(fabric: Fabric) -> None:
     assert fabric.reaches("p2", target("p1", 4))
     with fabric.dropping(INGRESS), fabric.udp("world", 4) as client:
         client.sendto(bytes(64), (target("n1", 4), 8472))
+
+
+def test_priority_tag_is_no_way_around(fabric: Fabric) -> None:
+    """A frame tagged with VLAN 0 is the device's own, unlike one of another VLAN, which is another device's."""
+    shown = fabric.ns.ip("n1", "-o link show dev eth0").split()
+    frame = Ether(dst=shown[shown.index("link/ether") + 1]) / Dot1Q(vlan=0, prio=5)
+    frame /= IP(src=target("world", 4), dst=target("n1", 4)) / UDP(sport=9, dport=UNUSED) / b"?"
+    with fabric.udp("n1", 4) as server:
+        server.bind(("", UNUSED))
+
+        def send() -> None:
+            with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as raw:
+                raw.bind(("eth0", 0))
+                raw.send(bytes(frame))
+
+        fabric.enforce(ingress=image(INGRESS, {Scope.WORLD: rows((17, UNUSED))}))
+        server.settimeout(PATIENT)
+        fabric.ns.do("world", send)
+        assert server.recv(64) == b"?"
+        fabric.enforce(ingress=NOTHING_IN)
+        server.settimeout(QUICK)
+        with fabric.dropping(INGRESS), pytest.raises(TimeoutError):
+            fabric.ns.do("world", send)
+            server.recv(64)
+
+
+@families
+def test_echo_of_the_node_does_not_let_in_an_echo(fabric: Fabric, family: int) -> None:
+    """The world has the identifier of the node's own ping."""
+
+    def echo(name: str, to: str, identifier: int) -> bool:
+        kind, protocol = (socket.AF_INET, "icmp") if family == 4 else (socket.AF_INET6, "ipv6-icmp")
+        head = ICMP(id=identifier) if family == 4 else ICMPv6EchoRequest(id=identifier)
+        over = IP(dst=target(to, 4)) if family == 4 else IPv6(src=target(name, 6), dst=target(to, 6))
+        request = bytes(over / head / b"ping")[len(over) :]
+
+        def run() -> bool:
+            with socket.socket(kind, socket.SOCK_RAW, socket.getprotobyname(protocol)) as raw:
+                raw.sendto(request, (target(to, family), 0))
+                deadline = time.monotonic() + QUICK
+                while (left := deadline - time.monotonic()) > 0:
+                    raw.settimeout(left)
+                    try:
+                        got = raw.recv(200)[20 if family == 4 else 0 :]
+                    except TimeoutError:
+                        return False
+                    if got[0] in (0, 129) and got[4:6] == identifier.to_bytes(2, "big"):
+                        return True
+                return False
+
+        return fabric.ns.do(name, run)
+
+    fabric.enforce(ingress=NOTHING_IN)
+    assert echo("n1", "world", 77)
+    with fabric.dropping(INGRESS):
+        assert not echo("world", "n1", 77)
+    assert echo("n1", "world", 77)
 
 
 def test_own_address_does_not_come_from_outside(fabric: Fabric) -> None:
