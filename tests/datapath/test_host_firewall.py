@@ -1,4 +1,4 @@
-"""Node policies with real packets: a row of docs/adr/0009-the-host-is-an-endpoint.md is a test here."""
+"""Node policies with real packets (docs/adr/0009-the-host-is-an-endpoint.md); tests of rows of ADR 2 have their number."""
 
 import socket
 import subprocess
@@ -72,7 +72,7 @@ def test_nothing_is_tracked_without_a_node_policy(fabric: Fabric, family: int) -
 
 
 @families
-def test_world_reaches_only_the_ports_that_are_allowed(fabric: Fabric, family: int) -> None:
+def test_row_23_world_reaches_only_the_ports_that_are_allowed(fabric: Fabric, family: int) -> None:
     fabric.enforce(ingress=image(INGRESS, {Scope.WORLD: WEB}))
     assert fabric.reaches("world", target("n1", family), OPEN)
     assert fabric.refused(INGRESS, "world", target("n1", family), SHUT)
@@ -153,7 +153,7 @@ def test_broadcast_and_multicast_are_judged(fabric: Fabric, address: str) -> Non
 
 
 @families
-def test_forwarded_traffic_is_not_the_nodes(fabric: Fabric, family: int) -> None:
+def test_row_26_forwarded_traffic_is_not_the_nodes(fabric: Fabric, family: int) -> None:
     fabric.enforce(NOTHING_OUT, NOTHING_IN)
     assert fabric.reaches("world", target("behind", family))
     assert fabric.reaches("behind", target("world", family))
@@ -173,7 +173,7 @@ def test_forwarded_traffic_is_not_the_nodes(fabric: Fabric, family: int) -> None
     ],
     ids=["world", "other node", "local pod", "remote pod"],
 )
-def test_node_reaches_only_what_is_allowed(fabric: Fabric, family: int, name: str, allowed: object) -> None:
+def test_row_22_node_reaches_only_what_is_allowed(fabric: Fabric, family: int, name: str, allowed: object) -> None:
     fabric.enforce(NOTHING_OUT)
     assert fabric.refused(EGRESS, "n1", target(name, family), OPEN)
     fabric.enforce(allowed)  # type: ignore[arg-type]
@@ -183,7 +183,7 @@ def test_node_reaches_only_what_is_allowed(fabric: Fabric, family: int, name: st
 
 
 @families
-def test_pods_are_not_bound_by_what_the_node_may(fabric: Fabric, family: int) -> None:
+def test_row_25_pods_are_not_bound_by_what_the_node_may(fabric: Fabric, family: int) -> None:
     """Masqueraded, tunnelled, answered: a node that may do nothing carries its pods' traffic all the same."""
     fabric.enforce(NOTHING_OUT, NOTHING_IN)
     assert fabric.reaches("p1", target("world", family))
@@ -266,7 +266,7 @@ def test_echo_follows_the_policy(fabric: Fabric, family: int) -> None:
 
 
 @families
-def test_errors_about_a_connection_pass(fabric: Fabric, family: int) -> None:
+def test_row_24_errors_about_a_connection_pass(fabric: Fabric, family: int) -> None:
     fabric.enforce(image(EGRESS, {Scope.WORLD: rows((17, UNUSED))}), NOTHING_IN)
     with fabric.udp("n1", family) as ours:
         ours.connect((target("world", family), UNUSED))
@@ -301,7 +301,7 @@ def test_fragments_follow_their_datagram(fabric: Fabric, family: int) -> None:
 
 
 @families
-def test_neighbours_are_found_again(fabric: Fabric, family: int) -> None:
+def test_row_27_neighbours_are_found_again(fabric: Fabric, family: int) -> None:
     fabric.enforce(NOTHING_OUT, image(INGRESS, {Scope.WORLD: WEB}))
     for name in ("n1", "world"):
         fabric.ns.ip(name, f"-{family} neigh flush dev eth0")
