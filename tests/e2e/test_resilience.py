@@ -44,6 +44,27 @@ def test_killed_and_restarted_under_load(lab: Lab, version: int) -> None:
     assert lab.reaches("far", api) and not lab.reaches("bad", api)
 
 
+def test_a_denial_holds_at_every_moment_of_a_restart(lab: Lab) -> None:
+    """A starting agent knows policies before identities, or the other way round: neither may open anything."""
+    deny = policy(
+        "api",
+        "api",
+        ingress=[{"fromEntities": ["cluster"]}],
+        ingressDeny=[{"fromEndpoints": [{"matchLabels": {"app": "bad"}}]}],
+    )
+    lab.apply(deny)
+    api = lab.address("api")
+    with lab.attempts("bad", api) as attempts:
+        attempts.more()
+        for signal in ("TERM", "KILL", "KILL"):
+            lab.run("agent", "restart", "--signal", signal)
+            attempts.more()
+        outcome = attempts.end()
+    assert outcome["connected"] == 0, outcome
+    assert outcome["answers"] > 100
+    assert lab.reaches("far", api)
+
+
 def test_a_policy_ends_established_connections_within_a_second(lab: Lab) -> None:
     api = lab.address("api")
     with lab.steady("bad", api) as bad, lab.steady("far", api) as good:

@@ -1,4 +1,4 @@
-"""Servers and clients that run inside pods: ``python traffic.py server PORT``, ``... steady ADDRESS PORT``."""
+"""Servers and clients that run in pods: ``server PORT``, ``steady|attempts|attempt ADDRESS PORT``."""
 
 import json
 import signal
@@ -59,6 +59,31 @@ def steady(address: str, port: int) -> None:
     print(json.dumps(outcome | {"error": error, "ended": True}), flush=True)
 
 
+def attempts(address: str, port: int) -> None:
+    """Try to connect all the time, ten at once, each for 20 ms; count (as ``connected``) those that could."""
+    ended = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    tried = connected = 0
+    print(json.dumps({"answers": 0}), flush=True)
+    while not ended.is_set():
+        sockets = [socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) for _ in range(10)]
+        for one in sockets:
+            one.connect_ex((address, port))
+        time.sleep(0.02)
+        for one in sockets:
+            try:
+                one.getpeername()
+                connected += 1
+            except OSError:
+                pass
+            one.close()
+        tried += len(sockets)
+        if tried % 50 == 0:
+            print(json.dumps({"answers": tried}), flush=True)
+    print(json.dumps({"answers": tried, "connected": connected, "ended": True}), flush=True)
+
+
 def attempt(address: str, port: int) -> None:
     """Exit code 0: a connection could be made and was answered within two seconds."""
     try:
@@ -77,6 +102,8 @@ if __name__ == "__main__":
             serve(int(port))
         case ["steady", address, port]:
             steady(address, int(port))
+        case ["attempts", address, port]:
+            attempts(address, int(port))
         case ["attempt", address, port]:
             attempt(address, int(port))
         case _:

@@ -33,46 +33,147 @@ class Thing:
         return self.labels.get(("k8s", CLUSTER)) == "default"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What policies refer to besides pods: CiliumCIDRGroups and Services, as documents."""
+
+    groups: Sequence[Mapping[str, Any]] = ()
+    services: Sequence[Mapping[str, Any]] = ()
+
+
 def judge(
-    documents: Sequence[Mapping[str, Any]], subject: Thing, peer: Thing, direction: str, protocol: int, port: int
+    documents: Sequence[Mapping[str, Any]],
+    subject: Thing,
+    peer: Thing,
+    direction: str,
+    protocol: int,
+    port: int,
+    setting: Setting = Setting(),
 ) -> tuple[str, frozenset[str]]:
-    """Return ("allow" | "deny" | "l7", the HTTP rules; "*" among them: anything is allowed)."""
-    rules, selected, denying = [], False, False
-    for document in documents:
-        for spec in [document[name] for name in ("spec",) if name in document] + list(document.get("specs", [])):
-            if not selects(document, spec, subject):
+    """Return ("allow" | "deny" | "l7", the L7 rules; "*" among them: anything is allowed)."""
+    asked = (subject, peer, direction, protocol, port, setting)
+    verdict = tiered("Admin", documents, *asked)
+    if verdict == "next":
+        verdict, conditions = normal(documents, *asked)
+        if verdict != "next":
+            return verdict, conditions
+        verdict = tiered("Baseline", documents, *asked)
+    return ("allow" if verdict == "next" else verdict), frozenset()
+
+
+def tiered(
+    tier: str,
+    documents: Sequence[Mapping[str, Any]],
+    subject: Thing,
+    peer: Thing,
+    direction: str,
+    protocol: int,
+    port: int,
+    setting: Setting,
+) -> str:
+    """The first rule of the tier that matches decides; "next": none does, or it passes."""
+    ours = [one for one in documents if one["kind"] == "ClusterNetworkPolicy" and one["spec"]["tier"] == tier]
+    for document in sorted(ours, key=lambda one: one["spec"]["priority"]):
+        spec = document["spec"]
+        if not subject.pod or not subject.own_cluster or not meets_cluster_peer(spec["subject"], subject):
+            continue
+        for rule in spec.get(direction, []):
+            peers = rule["from" if direction == "ingress" else "to"]
+            if not any(meets_cluster_peer(one, peer) for one in peers):
                 continue
-            found, imposes = rules_of(document, spec, direction)
-            rules += found
-            selected |= bool(found) or imposes
-            denying |= imposes
-    if not selected:
-        return "allow", frozenset()
+            named = subject if direction == "ingress" else peer
+            if "protocols" in rule and not any(at_protocol(one, named, protocol, port) for one in rule["protocols"]):
+                continue
+            return {"Accept": "allow", "Deny": "deny", "Pass": "next"}[rule["action"]]
+    return "next"
+
+
+def meets_cluster_peer(one: Mapping[str, Any], thing: Thing) -> bool:
+    if "networks" in one:
+        return any(within(thing, cidr, []) for cidr in one["networks"])
+    if "nodes" in one:
+        return meets_node(one["nodes"], thing)
+    if "domainNames" in one:
+        return any(
+            ("fqdn", f"**{name[1:]}" if name.startswith("*") else name) in thing.labels for name in one["domainNames"]
+        )
+    if not thing.pod or not thing.own_cluster:
+        return False
+    if "namespaces" in one:
+        return matches(one["namespaces"], thing, "k8s", NS_LABELS)
+    pods = one["pods"]
+    spaces = pods.get("namespaceSelector", {})
+    return matches(spaces, thing, "k8s", NS_LABELS) and matches(pods["podSelector"], thing, "k8s", "")
+
+
+def at_protocol(one: Mapping[str, Any], named: Thing, protocol: int, port: int) -> bool:
+    if "destinationNamedPort" in one:
+        return (one["destinationNamedPort"], protocol, port) in named.ports
+    ((name, body),) = one.items()
+    if NUMBERS[name.upper()] != protocol:
+        return False
+    wanted = body.get("destinationPort")
+    if wanted is None:
+        return True
+    if "number" in wanted:
+        return wanted["number"] == port
+    return wanted["range"]["start"] <= port <= wanted["range"]["end"]
+
+
+def normal(
+    documents: Sequence[Mapping[str, Any]],
+    subject: Thing,
+    peer: Thing,
+    direction: str,
+    protocol: int,
+    port: int,
+    setting: Setting,
+) -> tuple[str, frozenset[str]]:
+    """The unordered tier: deny, then L7, then allow, then default deny; "next": nothing is said."""
+    rules, denying = [], False
+    for document in documents:
+        if document["kind"] == "ClusterNetworkPolicy":
+            continue
+        for spec in [document[name] for name in ("spec",) if name in document] + list(document.get("specs", [])):
+            if selects(document, spec, subject):
+                found, imposes = rules_of(document, spec, direction)
+                rules += found
+                denying |= imposes
     host = direction == "ingress" and peer.reserved("host")
-    plain, http = not denying or host, set()
-    asked_l7 = False
+    allowed, plain, protocols, l7 = False, not denying or host, set(), set()
     for rule in rules:
-        if not meets_peer(rule, peer):
+        if not meets_peer(rule, peer, setting):
             continue
         hit, conditions = meets_port(rule, subject if direction == "ingress" else peer, protocol, port)
         if not hit:
             continue
         if rule["deny"]:
             return "deny", frozenset()
+        allowed = True
         if conditions is None or host:
             plain = True
-        else:
-            asked_l7 = True
-            http |= {repr(sorted(one.items())) for one in conditions}
-    if asked_l7:
-        return "l7", frozenset(http | ({"*"} if plain else set()))
-    return ("allow" if plain else "deny"), frozenset()
+            continue
+        for kind, condition in conditions:
+            if kind == "*":
+                plain = True
+            else:
+                protocols.add(kind)
+                l7 |= {f"{kind} {sorted(condition.items())}"} if condition is not None else set()
+    if len(protocols) > 1:
+        return "deny", frozenset()
+    if protocols:
+        return "l7", frozenset(l7 | ({"*"} if plain else set()))
+    if allowed or (host and denying):
+        return "allow", frozenset()
+    return ("deny" if denying else "next"), frozenset()
 
 
 # ---- whom a policy selects, and what it says ----------------------------------------------------------------
 
 
 def selects(document: Mapping[str, Any], spec: Mapping[str, Any], subject: Thing) -> bool:
+    if "nodeSelector" in spec:
+        return subject.reserved("host") and matches(spec["nodeSelector"], subject, "any", "")
     if not subject.pod:
         return False
     namespace = document["metadata"].get("namespace", "default")
@@ -103,7 +204,7 @@ def rules_of(document: Mapping[str, Any], spec: Mapping[str, Any], direction: st
 # ---- peers --------------------------------------------------------------------------------------------------
 
 
-def meets_peer(rule: Mapping[str, Any], peer: Thing) -> bool:
+def meets_peer(rule: Mapping[str, Any], peer: Thing, setting: Setting) -> bool:
     side, body = rule["from"], rule["rule"]
     namespace = rule["document"]["metadata"].get("namespace", "default")
     if rule["native"]:
@@ -113,12 +214,58 @@ def meets_peer(rule: Mapping[str, Any], peer: Thing) -> bool:
     for kind, test in (
         ("Endpoints", lambda one: meets_endpoint(one, peer, "" if clusterwide else namespace)),
         ("CIDR", lambda one: within(peer, one, [])),
-        ("CIDRSet", lambda one: within(peer, one["cidr"], one.get("except", []))),
+        ("CIDRSet", lambda one: meets_cidr_set(one, peer, setting)),
         ("Entities", lambda one: meets_entity(one, peer)),
+        ("Nodes", lambda one: meets_node(one, peer)),
+        ("Services", lambda one: meets_service(one, peer, setting, "" if clusterwide else namespace)),
+        ("FQDNs", lambda one: ("fqdn", one.get("matchName") or one["matchPattern"]) in peer.labels),
     ):
         if side + kind in body:
             return any(test(one) for one in body[side + kind])
     return True
+
+
+def meets_cidr_set(one: Mapping[str, Any], peer: Thing, setting: Setting) -> bool:
+    excepts = one.get("except", [])
+    if "cidr" in one:
+        return within(peer, one["cidr"], excepts)
+    for group in setting.groups:
+        if "cidrGroupRef" in one:
+            meant = group["metadata"]["name"] == one["cidrGroupRef"]
+        else:
+            have = {("cidrgroup", key): value for key, value in group["metadata"].get("labels", {}).items()}
+            meant = matches(one["cidrGroupSelector"], Thing(identity=0, labels=have), "any", "")
+        if meant and any(within(peer, cidr, excepts) for cidr in group["spec"]["externalCIDRs"]):
+            return True
+    return False
+
+
+def meets_node(selector: Mapping[str, Any], peer: Thing) -> bool:
+    node = peer.reserved("remote-node") and peer.identity >= 2 << 24
+    return node and matches(selector, peer, "node", "")
+
+
+def meets_service(one: Mapping[str, Any], peer: Thing, setting: Setting, namespace: str) -> bool:
+    for service in setting.services:
+        metadata = service["metadata"]
+        if "k8sService" in one:
+            wanted = one["k8sService"]
+            meant = metadata["name"] == wanted["serviceName"]
+        else:
+            wanted = one["k8sServiceSelector"]
+            have = {("k8s", key): value for key, value in metadata.get("labels", {}).items()}
+            meant = matches(wanted["selector"], Thing(identity=0, labels=have), "any", "")
+        space = wanted.get("namespace") or namespace
+        if not meant or (space and metadata["namespace"] != space):
+            continue
+        selector = service["spec"].get("selector")
+        if selector:
+            local = peer.pod and peer.own_cluster and peer.labels[("k8s", NS)] == metadata["namespace"]
+            if local and matches({"matchLabels": selector}, peer, "k8s", ""):
+                return True
+        elif any(within(peer, cidr, []) for cidr in service["addresses"]):
+            return True
+    return False
 
 
 def meets_native(one: Mapping[str, Any], peer: Thing, namespace: str) -> bool:
@@ -153,6 +300,8 @@ def meets_entity(name: str, peer: Thing) -> bool:
         return True
     if name == "cluster":
         return (peer.pod and peer.own_cluster) or any(peer.reserved(one) for one in CLUSTER_RESERVED)
+    if name == "cluster-mesh":
+        return peer.pod or any(peer.reserved(one) for one in CLUSTER_RESERVED)
     if name == "world":
         return peer.reserved("world")
     return peer.reserved(name)
@@ -202,10 +351,14 @@ def values(thing: Thing, key: str, source: str, prefix: str) -> set[str]:
 # ---- ports --------------------------------------------------------------------------------------------------
 
 
-def meets_port(
-    rule: Mapping[str, Any], named: Thing, protocol: int, port: int
-) -> tuple[bool, Sequence[Mapping[str, Any]] | None]:
-    """Return (whether the rule is about the port, HTTP conditions or None). ``named``: whose port names count."""
+Conditions = Sequence[tuple[str, Mapping[str, Any] | None]]
+
+
+def meets_port(rule: Mapping[str, Any], named: Thing, protocol: int, port: int) -> tuple[bool, Conditions | None]:
+    """Return (whether the rule is about the port, L7 conditions or None). ``named``: whose port names count.
+
+    A condition is (protocol, fields); fields None: nothing of that protocol is allowed; protocol "*": anything is.
+    """
     body = rule["rule"]
     if rule["native"]:
         ports = body.get("ports") or []
@@ -218,18 +371,19 @@ def meets_port(
         return False, None
     if "toPorts" not in body:
         return True, None
-    hit, plain, http = False, False, []
+    hit, plain, found = False, False, []
     for block in body["toPorts"]:
         ports = block.get("ports") or []
         if ports and not any(at_port(one, named, protocol, port, "ANY") for one in ports):
             continue
         hit = True
-        conditions = (block.get("rules") or {}).get("http")
-        plain |= conditions is None
-        http += conditions or []
-    if http and plain:
-        return True, [*http, {"*": "*"}]
-    return hit, None if plain or not hit else http
+        rules = block.get("rules") or {}
+        plain |= not rules
+        for kind, conditions in rules.items():
+            found += [(kind, one) for one in conditions] or [(kind, None)]
+    if found and plain:
+        found.append(("*", None))
+    return hit, found or None
 
 
 def at_port(one: Mapping[str, Any], named: Thing, protocol: int, port: int, default: str) -> bool:

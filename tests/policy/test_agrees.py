@@ -15,6 +15,7 @@ from ciliate.datapath.model import Answer, PolicyModel
 from ciliate.identity.numbers import IdentityId
 from ciliate.policy.engine import PolicyEngine
 from ciliate.policy.image import RowVerdict, RuleSet
+from ciliate.policy.l7 import DnsRule, HttpRule, KafkaRule, L7Rule
 from ciliate.policy.parse import parse_object
 from tests.datapath.memory import Kernel
 from tests.policy.generate import POINTS, SPACES, documents, pod, things
@@ -53,17 +54,25 @@ def said(answer: Answer, rulesets: Any) -> tuple[str, frozenset[str]]:
     if answer.verdict is RowVerdict.ALLOW:
         return "allow", frozenset()
     ruleset: RuleSet = rulesets[answer.l7]
-    rules = {
-        repr(sorted((name, value) for name, value in (("method", one.method), ("path", one.path)) if value))
-        for one, _ in ruleset.rules
-    }
-    return "l7", frozenset(rules | ({"*"} if ruleset.allow_all else set()))
+    return "l7", frozenset({*map(condition, (rule for rule, _ in ruleset.rules)), *("*" if ruleset.allow_all else "")})
+
+
+def condition(rule: L7Rule) -> str:
+    """A rule as the reference writes it."""
+    match rule:
+        case HttpRule():
+            return f"http {sorted((k, v) for k, v in (('method', rule.method), ('path', rule.path)) if v)}"
+        case DnsRule():
+            return f"dns {sorted((k, v) for k, v in (('matchName', rule.name), ('matchPattern', rule.pattern)) if v)}"
+        case KafkaRule():
+            return f"kafka {sorted((k, v) for k, v in (('topic', rule.topic), ('clientID', rule.client_id)) if v)}"
 
 
 def meaning(verdict: tuple[str, frozenset[str]]) -> tuple[str, frozenset[str]]:
     """A rule set that allows anything allows anything, whatever else is in it."""
     kind, rules = verdict
-    return (kind, frozenset({"*"})) if {"*", "[]", repr([("*", "*")])} & rules else verdict
+    anything = {"*", *(f"{protocol} []" for protocol in ("http", "dns", "kafka"))}
+    return (kind, frozenset({"*"})) if anything & rules else verdict
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))

@@ -66,7 +66,7 @@ class Agent:
         self.engine = PolicyEngine(cluster=config.cluster_name, cluster_id=config.cluster_id)
         for number, labels in reserved_labels().items():
             self.engine.identities.add(number, labels)
-        self.ports = NamedPortTable(self.engine.set_named_ports)
+        self.ports = NamedPortTable(lambda identity, ports: self.enforcement.set_named_ports(identity, ports))
         self.waiting = {"manifests", "identities", "addresses", "nodes"}
         """Sources that have not reported yet."""
         self.datapath: Datapath
@@ -137,8 +137,8 @@ class Agent:
                 log.info("endpoint-gone", endpoint=one.id, pod=one.pod)
                 await self.release(one)
                 continue
-            self.engine.identities.add(one.identity_id, one.label_set)
-            self.table.pods |= self._rows(one)
+            self.enforcement.learn_identity(one.identity_id, one.label_set)
+            self._learn_addresses(one)
             for address in one.addresses:
                 self.ports.set(address, one.identity_id, frozenset(one.named_ports))
             self.datapath.endpoints.upsert(self.row(one))
@@ -169,7 +169,7 @@ class Agent:
         self.waiting.discard(source)
         if self.waiting:
             return
-        self.enforcement.complete = True
+        self.enforcement.begin()
         await self.enforcement.enforced(self.enforcement.request())
         self.ready = True
         self._housekeeping.set()
@@ -203,9 +203,9 @@ class Agent:
     def _host(self) -> str:
         return str(self.node.ipv4 or self.node.ipv6)
 
-    def _rows(self, one: LocalEndpoint) -> dict[str, PodAddress]:
-        shared = PodAddress(identity=one.identity_id, host=self._host(), pod=one.pod)
-        return dict.fromkeys(one.addresses, shared)
+    def _learn_addresses(self, one: LocalEndpoint) -> None:
+        for address in one.addresses:
+            self.table.set_pod(address, PodAddress(identity=one.identity_id, host=self._host(), pod=one.pod))
 
     def labels_of(self, namespace: str, name: str) -> tuple[Labels, frozenset[tuple[str, int, int]]] | None:
         """Return (security labels, named ports) of a pod, None: the manifests do not name it."""
@@ -240,7 +240,7 @@ class Agent:
             number, former = one.identity_id, None
         else:
             number = await asyncio.to_thread(self.identities.acquire, labels)
-            self.engine.identities.add(number, labels)
+            self.enforcement.learn_identity(number, labels)
         one.identity, one.labels, one.named_ports = number, sorted(labels), sorted(ports)
         for address in one.addresses:
             self.ports.set(address, number, ports)
@@ -251,7 +251,7 @@ class Agent:
     async def expose(self, one: LocalEndpoint) -> None:
         """Write an endpoint's rows, here and for the other nodes, and enforce its policy."""
         self.endpoints.add(one)
-        self.table.pods |= self._rows(one)
+        self._learn_addresses(one)
         await asyncio.to_thread(self.datapath.endpoints.upsert, self.row(one))
         await self.enforcement.enforced(self.enforcement.request())
         await asyncio.to_thread(self._publish, one)
@@ -274,7 +274,7 @@ class Agent:
         await asyncio.to_thread(self._withdraw, one)
         self.removals.start(one.device)
         for address in one.addresses:
-            self.table.pods.pop(address, None)
+            self.table.set_pod(address, None)
             self.ports.remove(address)
         self.ipam.release(one.owner)
         self.endpoints.remove(one)
@@ -321,7 +321,7 @@ class Agent:
 
     async def _relabelled(self, one: LocalEndpoint) -> None:
         self.endpoints.save()
-        self.table.pods |= self._rows(one)
+        self._learn_addresses(one)
         await asyncio.to_thread(self.datapath.endpoints.upsert, self.row(one))
         await asyncio.to_thread(self._publish, one)
 
@@ -379,11 +379,10 @@ class Agent:
                 told = report
 
     async def _follow_manifests(self) -> None:
-        number = await self.scan()
+        await self.scan()
         for one in self.endpoints:
             if await self.identify(one):
                 await self._relabelled(one)
-        await self.enforcement.enforced(number)
         await self._reported("manifests")
         async for _ in self.manifests.changes():
             await self.scan()
@@ -392,9 +391,9 @@ class Agent:
         async for batch in self.identities.watch():
             for number, labels in batch.items():
                 if labels is not None:
-                    self.engine.identities.add(number, labels)
+                    self.enforcement.learn_identity(number, labels)
                 elif not any(one.identity == number for one in self.endpoints):
-                    self.engine.identities.remove(number)
+                    self.enforcement.forget_identity(number)
             self.enforcement.request()
             await self._reported("identities")
 
@@ -402,15 +401,13 @@ class Agent:
         async for batch in self.addresses.watch():
             for address, entry in batch.items():
                 if entry is not None and entry.host_ip != self._host():
-                    self.table.pods[address] = PodAddress(
-                        identity=IdentityId(entry.identity),
-                        host=entry.host_ip,
-                        pod=f"{entry.namespace}/{entry.pod}" if entry.pod else "",
-                    )
+                    pod = f"{entry.namespace}/{entry.pod}" if entry.pod else ""
+                    identity = IdentityId(entry.identity)
+                    self.table.set_pod(address, PodAddress(identity=identity, host=entry.host_ip, pod=pod))
                     ports = frozenset((one.name, one.protocol, one.port) for one in entry.named_ports)
                     self.ports.set(address, IdentityId(entry.identity), ports)
-                elif (known := self.table.pods.get(address)) is not None and known.host != self._host():
-                    del self.table.pods[address]
+                elif (known := self.table.pod(address)) is not None and known.host != self._host():
+                    self.table.set_pod(address, None)
                     self.ports.remove(address)
             self.enforcement.request()
             await self._reported("addresses")
@@ -433,7 +430,7 @@ class Agent:
             if addresses:
                 local = name == self.config.node_name
                 known[name] = NodeAddresses(name=name, addresses=addresses, underlay=addresses[0], local=local)
-        self.table.nodes = known
+        self.table.set_nodes(known)
         tunnel = self.config.routing_mode == "tunnel"
         via_host = [c for n, node in nodes.items() for c in node.pod_cidrs if tunnel or n == self.config.node_name]
         self.datapath.sync_pod_routes(via_host, prune=True)

@@ -11,21 +11,20 @@ the old verdict or the new one:
 
 import asyncio
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import structlog
 
 from ciliate.daemon.cidrs import CidrIdentities
 from ciliate.daemon.endpoints import EndpointTable
-from ciliate.daemon.ipcache import IpTable, changed
+from ciliate.daemon.ipcache import IpTable
 from ciliate.datapath.endpoints import EndpointId
-from ciliate.datapath.ipcache import IpcacheRow
 from ciliate.datapath.node import Datapath
 from ciliate.datapath.policy import Desired, PolicyReport
-from ciliate.identity.labels import Network, cidr_labels
-from ciliate.policy.engine import PolicyEngine
+from ciliate.identity.labels import Labels, Network, cidr_labels
+from ciliate.identity.numbers import IdentityId
+from ciliate.policy.engine import NamedPorts, PolicyEngine
 from ciliate.policy.image import RuleRef, RuleSet
 from ciliate.policy.l7 import HttpRule, L7Protocol
 from ciliate.policy.parse import required_networks
@@ -35,6 +34,9 @@ from ciliate.proxy.client import ProxyClient, ProxyRequestError, ProxyUnavailabl
 
 log = structlog.get_logger()
 Key = tuple[str, str, str]
+Change = Callable[[PolicyEngine], object]
+Snapshot = Collection[tuple[EndpointId, Labels, NamedPorts]]
+"""The endpoints as they are when a pass looks at them: id, labels, named ports."""
 
 
 @dataclass(slots=True)
@@ -49,7 +51,9 @@ class Pass:
 
 
 class Enforcement:
-    """The worker. ``engine``, ``table`` and ``policies`` are changed through the methods only."""
+    """The worker. The engine is its own: it changes and asks it in a thread, between two steps of a pass; whoever else
+    looks at it may only look up single rows. Compiling at scale then does not keep the agent from answering.
+    """
 
     def __init__(
         self,
@@ -63,8 +67,6 @@ class Enforcement:
         self.engine = engine
         self.table = table
         self.last = Pass()
-        self.complete = False
-        """Every source has reported: rows that nobody asked for may go."""
         self._datapath = datapath
         self._endpoints = endpoints
         self._cidrs = cidrs
@@ -72,7 +74,8 @@ class Enforcement:
         self.in_force: Mapping[Key, PolicyObject] = {}
         """The policies that the datapath enforces, as of the last pass that left no problem."""
         self._objects: dict[Key, PolicyObject] = {}
-        self._written: dict[Any, IpcacheRow] = {}
+        self._changes: list[Change] = []
+        self._complete = asyncio.Event()
         self._pruned = False
         self._proxied: dict[int, RulesetSpec] = {}
         self._asked = 0
@@ -101,6 +104,18 @@ class Enforcement:
             await self._passed.wait_for(lambda: self._passes > after)
         return self._passes
 
+    def learn_identity(self, identity: IdentityId, labels: Labels) -> None:
+        """Make the engine know an identity, at the next pass."""
+        self._changes.append(lambda engine: engine.identities.add(identity, labels))
+
+    def forget_identity(self, identity: IdentityId) -> None:
+        """Make the engine forget an identity, at the next pass."""
+        self._changes.append(_forget(identity))
+
+    def set_named_ports(self, identity: IdentityId, ports: NamedPorts) -> None:
+        """Tell the engine the named ports of an identity's pods, at the next pass."""
+        self._changes.append(lambda engine: engine.set_named_ports(identity, ports))
+
     def set_policies(self, objects: Mapping[Key, PolicyObject]) -> None:
         """Make these the cluster's policies, at the next pass."""
         self._objects = dict(objects)
@@ -110,8 +125,15 @@ class Enforcement:
         """The policies asked for."""
         return self._objects
 
+    def begin(self) -> None:
+        """Every source has reported. Before, nothing is written: a policy or an identity that is not heard of yet would
+        look like one that is not there, and what a former agent left in the datapath is the better answer.
+        """
+        self._complete.set()
+
     async def run(self) -> None:
         """Work until cancelled. A failed pass is repeated after a second: the last state stays in force."""
+        await self._complete.wait()
         while True:
             await self._wake.wait()
             self._wake.clear()
@@ -134,75 +156,82 @@ class Enforcement:
         objects = self._objects
         outcome = Pass(revision=number)
         networks = required_networks(objects.values())
-        fresh = self._cidrs.acquire(networks)
-        for network, identity in self._cidrs.numbers.items():
-            self.engine.identities.add(identity, cidr_labels(network), network)
-        if fresh:
+        self._cidrs.acquire(networks)
+        changes, self._changes = self._changes, []
+        changes += [_learn_cidr(network, identity) for network, identity in self._cidrs.numbers.items()]
+        changed = await asyncio.to_thread(self._change, changes)
+        if changed and self._pruned:
             await self._apply(outcome)
-        self.table.cidrs = dict(self._cidrs.numbers)
+        self.table.set_cidrs(self._cidrs.numbers)
         await self._sync_ipcache()
-        self._update_engine(objects)
-        desired = self._resolve()
+        endpoints = self._snapshot()
+        desired = await asyncio.to_thread(self._resolve, endpoints, objects)
         wanted = _specs(self._datapath.policy.rulesets_of(desired))
         await self._prepare_proxy(self._proxied | wanted, outcome)
-        await self._apply(outcome, desired)
-        if self.complete:
-            await self._prepare_proxy(wanted, outcome, prune=True)
-            await self._forget_cidrs(set(self._cidrs.numbers) - networks)
+        await self._write(outcome, desired)
+        await self._prepare_proxy(wanted, outcome, prune=True)
+        await self._forget_cidrs(set(self._cidrs.numbers) - networks)
         if not outcome.problems:
             self.in_force = objects
         outcome.took = time.perf_counter() - began
         return outcome
 
-    def _update_engine(self, objects: Mapping[Key, PolicyObject]) -> None:
+    def _change(self, changes: Collection[Change]) -> bool:
+        """Change the engine; return whether its identities are others now."""
+        before = self.engine.identities.version
+        for one in changes:
+            one(self.engine)
+        return self.engine.identities.version != before
+
+    def _snapshot(self) -> Snapshot:
+        return [
+            (EndpointId(one.id), one.label_set, frozenset(one.named_ports)) for one in self._endpoints if one.identity
+        ]
+
+    def _resolve(self, endpoints: Snapshot, objects: Mapping[Key, PolicyObject]) -> Desired:
         for key in [one.key for one in self.engine.objects() if one.key not in objects]:
             self.engine.remove_object(key)
         known = {one.key: one for one in self.engine.objects()}
         for key, one in objects.items():
             if known.get(key) != one:
                 self.engine.set_object(one)
+        return {endpoint: self.engine.resolve(labels, ports) for endpoint, labels, ports in endpoints}
 
-    def _resolve(self) -> Desired:
-        return {
-            EndpointId(one.id): self.engine.resolve(one.label_set, frozenset(one.named_ports))
-            for one in self._endpoints
-            if one.identity
-        }
+    async def _apply(self, outcome: Pass) -> None:
+        """Enforce the policies in force for the identities of now."""
+        objects = {one.key: one for one in self.engine.objects()}
+        await self._write(outcome, await asyncio.to_thread(self._resolve, self._snapshot(), objects))
 
-    async def _apply(self, outcome: Pass, desired: Desired | None = None) -> None:
-        images = self._resolve() if desired is None else desired
-        known = [row.id for row in self.engine.identities.rows.values()]
-        report: PolicyReport = await asyncio.to_thread(
-            self._datapath.apply_policy, images, known, complete=self.complete
-        )
+    async def _write(self, outcome: Pass, desired: Desired) -> None:
+        known = list(self.engine.identities.rows)
+        report: PolicyReport = await asyncio.to_thread(self._datapath.apply_policy, desired, known, complete=True)
         outcome.epoch, outcome.rows_written = report.epoch, outcome.rows_written + report.rows_written
         outcome.problems += [str(alarm) for alarm in report.alarms if str(alarm) not in outcome.problems]
         if report.identities_over:
             outcome.problems.append(f"map identities is full: {report.identities_over} identities count as unknown")
 
     async def _sync_ipcache(self) -> None:
-        rows, prune = self.table.rows(), self.complete and not self._pruned
-        await asyncio.to_thread(self._write_ipcache, rows, prune)
-        self._written = rows
-        self._pruned |= prune
-
-    def _write_ipcache(self, rows: Mapping[Any, IpcacheRow], prune: bool) -> None:
-        if prune:
-            self._datapath.ipcache.sync(rows, prune=True)
-            return
-        upsert, gone = changed(self._written, rows)
-        self._datapath.ipcache.upsert(upsert)
-        self._datapath.ipcache.delete(gone)
+        """Write what has changed; the first time also delete what nobody asked for."""
+        rows, gone = self.table.take_changes()
+        try:
+            if not self._pruned:
+                await asyncio.to_thread(self._datapath.ipcache.sync, self.table.rows(), prune=True)
+                self._pruned = True
+            elif rows or gone:
+                await asyncio.to_thread(self._datapath.ipcache.upsert, rows)
+                await asyncio.to_thread(self._datapath.ipcache.delete, gone)
+        except BaseException:
+            self.table.touch([*rows, *gone])
+            raise
 
     async def _forget_cidrs(self, networks: Collection[Network]) -> None:
         if not networks:
             return
         numbers = [self._cidrs.numbers[network] for network in networks]
         self._cidrs.release(networks)
-        self.table.cidrs = dict(self._cidrs.numbers)
+        self.table.set_cidrs(self._cidrs.numbers)
         await self._sync_ipcache()
-        for number in numbers:
-            self.engine.identities.remove(number)
+        await asyncio.to_thread(self._change, [_forget(number) for number in numbers])
         await self._apply(Pass())
 
     # ---- proxy ------------------------------------------------------------------------------------------------
@@ -228,6 +257,14 @@ class Enforcement:
         """Give the proxy everything again: it has been restarted."""
         self._proxied = {}
         self.request()
+
+
+def _learn_cidr(network: Network, identity: IdentityId) -> Change:
+    return lambda engine: engine.identities.add(identity, cidr_labels(network), network)
+
+
+def _forget(identity: IdentityId) -> Change:
+    return lambda engine: engine.identities.remove(identity)
 
 
 def rule_text(ref: RuleRef) -> str:

@@ -83,7 +83,7 @@ class Manifests:
         """Yield when something in the directory has changed, and once after the watch has begun."""
         started = False
         async for changes in watchfiles.awatch(
-            self._directory, step=5, debounce=50, rust_timeout=1000, yield_on_timeout=True
+            self._directory, watch_filter=None, step=5, debounce=50, rust_timeout=1000, yield_on_timeout=True
         ):
             if changes or not started:
                 started = True

@@ -2,10 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any, Final
 
 import msgspec
 
+Address = IPv4Address | IPv6Address
+SERVICE_NAME: Final = "kubernetes.io/service-name"
+"""Label of an EndpointSlice that names its Service."""
 PROTOCOLS: Final[Mapping[str, int]] = {"TCP": 6, "UDP": 17, "SCTP": 132}
 
 
@@ -37,12 +41,33 @@ class _PodSpec(msgspec.Struct, kw_only=True, rename="camel"):
     host_network: bool = False
 
 
+class _ServiceSpec(msgspec.Struct, kw_only=True):
+    selector: dict[str, str] | None = None
+
+
+class _Service(msgspec.Struct, kw_only=True):
+    metadata: _Metadata
+    spec: _ServiceSpec = msgspec.field(default_factory=_ServiceSpec)
+
+
+class _SliceEndpoint(msgspec.Struct, kw_only=True):
+    addresses: list[str] = []
+
+
+class _EndpointSlice(msgspec.Struct, kw_only=True, rename="camel"):
+    metadata: _Metadata
+    address_type: str = "IPv4"
+    endpoints: list[_SliceEndpoint] | None = None
+
+
 class _Pod(msgspec.Struct, kw_only=True):
     metadata: _Metadata
     spec: _PodSpec
 
 
-class _Namespace(msgspec.Struct, kw_only=True):
+class _Bare(msgspec.Struct, kw_only=True):
+    """A Namespace or a Node: its metadata is all that is needed."""
+
     metadata: _Metadata
 
 
@@ -63,6 +88,34 @@ class Pod:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Namespace:
     """A namespace."""
+
+    name: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """A Service; without a selector its backends are in EndpointSlices that somebody else writes."""
+
+    namespace: str
+    name: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+    selector: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointSlice:
+    """Backends of a Service (``service`` empty: of none)."""
+
+    namespace: str
+    name: str
+    service: str
+    addresses: tuple[Address, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeObject:
+    """A Node's labels."""
 
     name: str
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -105,8 +158,38 @@ def parse_pod(raw: Mapping[str, Any]) -> Pod:
 
 def parse_namespace(raw: Mapping[str, Any]) -> Namespace:
     """Return a Namespace. Error: ObjectError."""
-    found = _convert(raw, _Namespace)
+    found = _convert(raw, _Bare)
     return namespace_of(found.metadata.name, found.metadata.labels or {})
+
+
+def parse_node(raw: Mapping[str, Any]) -> NodeObject:
+    """Return a Node. Error: ObjectError."""
+    found = _convert(raw, _Bare)
+    return NodeObject(name=found.metadata.name, labels=found.metadata.labels or {})
+
+
+def parse_service(raw: Mapping[str, Any]) -> Service:
+    """Return a Service. Error: ObjectError."""
+    found = _convert(raw, _Service)
+    metadata, labels = found.metadata, found.metadata.labels or {}
+    selector = found.spec.selector or {}
+    return Service(namespace=metadata.namespace, name=metadata.name, labels=labels, selector=selector)
+
+
+def parse_endpoint_slice(raw: Mapping[str, Any]) -> EndpointSlice:
+    """Return an EndpointSlice; one of type FQDN has no addresses. Error: ObjectError."""
+    found = _convert(raw, _EndpointSlice)
+    metadata = found.metadata
+    addresses = []
+    for number, one in enumerate(found.endpoints or () if found.address_type != "FQDN" else ()):
+        for text in one.addresses:
+            try:
+                addresses.append(ip_address(text))
+            except ValueError as error:
+                title = f"EndpointSlice {metadata.namespace}/{metadata.name}"
+                raise ObjectError(f"{title}: endpoints[{number}].addresses: {text!r} is no address") from error
+    service = (metadata.labels or {}).get(SERVICE_NAME, "")
+    return EndpointSlice(namespace=metadata.namespace, name=metadata.name, service=service, addresses=tuple(addresses))
 
 
 def namespace_of(name: str, labels: Mapping[str, str]) -> Namespace:

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Final
@@ -12,6 +13,8 @@ from urllib.parse import quote, unquote
 import watchfiles
 
 _LOCKS: Final = ".locks"
+_RELIST: Final = 30.0
+"""Seconds."""
 _SAFE: Final = "=;:@,+~!$"
 
 
@@ -85,20 +88,24 @@ class FileStore:
             yield
 
     async def watch(self, prefix: str) -> AsyncIterator[Mapping[str, bytes | None]]:
-        """Yield the full state, then batches of changes (None: deleted). No change is missed."""
+        """Yield the full state, then batches of changes (None: deleted). No change is missed: what happened between
+        the first listing and the watch, or is lost in the kernel's full queue, is found by listing again.
+        """
         folder = self._path(prefix)
         folder.mkdir(parents=True, exist_ok=True)
         known = self.list(prefix)
         yield dict(known)
-        caught_up = False
-        async for changes in watchfiles.awatch(folder, step=5, debounce=50, rust_timeout=1000, yield_on_timeout=True):
+        listed = -_RELIST
+        async for changes in watchfiles.awatch(
+            folder, watch_filter=None, step=5, debounce=50, rust_timeout=1000, yield_on_timeout=True
+        ):
             batch: dict[str, bytes | None] = {}
-            if not caught_up:  # what changed between the listing above and the watch
-                self._look(folder, known, batch)
-                now = self.list(prefix)
-                batch |= dict.fromkeys(known.keys() - now.keys())
-                known = now
-                caught_up = True
+            if (now := time.monotonic()) - listed >= _RELIST:
+                listed = now
+                present = self.list(prefix)
+                batch |= {key: value for key, value in present.items() if known.get(key) != value}
+                batch |= dict.fromkeys(known.keys() - present.keys())
+                known = present
             for _, name in changes:
                 self._look(Path(name), known, batch)
             if batch:

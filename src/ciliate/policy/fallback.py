@@ -52,4 +52,4 @@ def _spec(spec: Mapping[str, Any], *, native: bool, keep: bool) -> dict[str, Any
     selector = {"nodeSelector": spec["nodeSelector"]} if keep and "nodeSelector" in spec else {}
     if not selector:
         selector = {"endpointSelector": spec.get("endpointSelector") if keep else {}}
-    return selector | {name: [] for name, wanted in (("ingress", ingress), ("egress", egress)) if wanted}
+    return selector | {name: [{}] for name, wanted in (("ingress", ingress), ("egress", egress)) if wanted}
