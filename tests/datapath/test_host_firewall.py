@@ -1,4 +1,4 @@
-"""Node policies with real packets (docs/adr/0009-the-host-is-an-endpoint.md); tests of rows of ADR 2 have their number."""
+"""Node policies with real packets (docs/adr/0009-the-host-is-an-endpoint.md); tests of ADR 2's rows have their number."""
 
 import socket
 import subprocess
