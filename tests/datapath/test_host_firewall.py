@@ -1,4 +1,4 @@
-"""Node policies with real packets (docs/adr/0009-the-host-is-an-endpoint.md); tests of ADR 2's rows have their number."""
+"""Node policies with real packets (docs/adr/0009-the-host-is-an-endpoint.md); names have the number of ADR 2's row."""
 
 import socket
 import subprocess
