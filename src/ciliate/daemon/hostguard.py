@@ -10,7 +10,8 @@ A change goes on trial when it is enforced: the guard opens fresh connections to
 
 A window in audit is thus at most ``window`` seconds long for each change. A restart of the agent is a change, because
 a policy that came with it has not been tried. API servers are exempt from node policies anyway (``exemptions``); the
-guard is for what the exemption does not know of, such as an address behind a load balancer.
+guard is for what the exemption does not know of, such as an address behind a load balancer. Without API servers to try
+there is nothing to guard: then make none.
 """
 
 import asyncio
