@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv6Address, ip_network
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -83,10 +83,10 @@ def image(
 class Namespaces:
     """The network namespaces and cables."""
 
-    def __init__(self, stack: ExitStack) -> None:
+    def __init__(self, stack: ExitStack, prefix: str) -> None:
         self._names: dict[str, str] = {}
         for name in ("switch", "n1", "n2", "world", "p1", "p2", "behind"):
-            full = self._names[name] = f"hfw-{name}-{os.getpid()}"
+            full = self._names[name] = f"{prefix}-{name}-{os.getpid()}"
             subprocess.run(["ip", "netns", "add", full], check=True)
             stack.callback(subprocess.run, ["ip", "netns", "del", full], check=True)
             self.ip(name, "link set lo up")
@@ -139,8 +139,9 @@ class Namespaces:
 class Fabric:
     """Everything, with the datapaths of both nodes; ``path`` is that of n1, which the tests give policies."""
 
-    def __init__(self, stack: ExitStack, folder: Path) -> None:
-        self.ns = Namespaces(stack)
+    def __init__(self, stack: ExitStack, folder: Path, *, tunnel: bool = True, name: str = "hfw") -> None:
+        self.ns = Namespaces(stack, name)
+        self.tunnel = tunnel
         self.nodes = {number: self._open(stack, number, folder / f"n{number}") for number in (1, 2)}
         for number in (1, 2):
             self._pod(number)
@@ -164,6 +165,7 @@ class Fabric:
             device="eth0",
             node_v4=IPv4Address(f"192.0.2.{number}"),
             node_v6=IPv6Address(f"2001:db8::{number}"),
+            tunnel=self.tunnel,
             max_entries={"ct": 4096, "ct_new": 4096, "nat": 4096, "ipcache": 4096},
         )
         path = self.ns.do(f"n{number}", lambda: Datapath.open(config))
@@ -194,15 +196,18 @@ class Fabric:
         path.endpoints.upsert(row)
         known: dict[Prefix, IpcacheRow] = {}
         for other in (1, 2):
-            tunnel = IPv4Address(f"192.0.2.{other}") if other != number else None
+            tunnel = IPv4Address(f"192.0.2.{other}") if self.tunnel and other != number else None
             for family in (4, 6):
                 known[target(f"p{other}", family)] = IpcacheRow(identity=1000 + other, tunnel=tunnel, pod=True)
                 underlay = IPv4Address(f"192.0.2.{other}")
                 node = IpcacheRow(identity=1 if other == number else 6, tunnel=underlay, node=True)
                 known[target(f"n{other}", family)] = node
         path.ipcache.upsert(known)
-        cidrs = [ip_network(text) for other in (1, 2) for text in (f"10.{other}.0.0/24", f"fd00:{other}::/64")]
-        self.ns.do(f"n{number}", lambda: path.sync_pod_routes(cidrs, prune=True))
+        pods = {ip_network(t): other for other in (1, 2) for t in (f"10.{other}.0.0/24", f"fd00:{other}::/64")}
+        via_host = [cidr for cidr, other in pods.items() if self.tunnel or other == number]
+        gateways = {c: ip_address(target(f"n{other}", c.version)) for c, other in pods.items() if c not in via_host}
+        self.ns.do(f"n{number}", lambda: path.sync_pod_routes(via_host, prune=True))
+        self.ns.do(f"n{number}", lambda: path.sync_node_routes(gateways))
         self.enforce(number=number)
 
     def enforce(

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from scapy.layers.inet import ICMP, IP, UDP
@@ -501,6 +502,20 @@ def test_filters_of_an_old_kernel_do_the_same(fabric: Fabric) -> None:
     finally:
         fabric.reopen(force_clsact=False)
     assert fabric.refused(EGRESS, "n1", target("world", 4))
+
+
+def test_native_routing_knows_pods_by_their_addresses(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        fabric = Fabric(stack, tmp_path, tunnel=False, name="hfn")
+        for family in (4, 6):
+            fabric.enforce(image(EGRESS, members={1002: WEB}), NOTHING_IN)
+            assert fabric.reaches("n1", target("p2", family), OPEN)
+            assert fabric.refused(EGRESS, "n1", target("p2", family), SHUT)
+            assert fabric.refused(EGRESS, "n1", target("n2", family), OPEN)
+            assert fabric.reaches("p1", target("p2", family), SHUT)
+            assert fabric.reaches("p2", target("p1", family), SHUT)
+            assert fabric.reaches("p1", target("world", family), SHUT)
+            assert fabric.refused(INGRESS, "p2", target("n1", family), OPEN)
 
 
 def test_row_moves_with_the_host_device(fabric: Fabric) -> None:
