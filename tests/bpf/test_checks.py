@@ -6,15 +6,17 @@ from scapy.layers.l2 import Dot1Q, Ether
 from scapy.packet import Raw
 
 from tests.bpf.packets import tcp, udp, vxlan
-from tests.bpf.policies import EGRESS, INGRESS
+from tests.bpf.policies import EGRESS, INGRESS, dns
 from tests.bpf.rig import (
     CIDR,
     NOBODY,
     NODE,
     OTHER_NODE,
     REMOTE_POD,
+    SHOT,
     WORLD,
     Rig,
+    Wire,
     pod_address,
 )
 
@@ -124,6 +126,24 @@ def test_pod_to_its_own_address_comes_back_through_both_policies(node: Rig, fami
     node.pods[2].wire.send(node.from_pod(2, packet))
     assert node.pods[2].wire.receive() == node.to_pod(2, packet)
     assert node.passed(INGRESS).events[0]["endpoint"] == [2, 2]
+
+
+@both
+@pytest.mark.parametrize("mark", [0x200, 0xA00])
+def test_pod_has_no_say_in_the_mark(node: Rig, family: int, mark: int) -> None:
+    """Neither into the proxy's hands, nor past the policy as if it were the proxy."""
+    node.apply({2: (dns(EGRESS), None)})
+    for port, passes in ((53, True), (54, False)):
+        for to in (pod_address(3, family), NODE[family]):
+            frame = node.from_pod(2, udp(pod_address(2, family), to, 4000, port))
+            answer = node.run("from_pod", "pod2", frame, mark=mark)
+            assert answer.context["mark"] == 0
+            assert (answer.retval == SHOT) is not passes
+    marked = Wire(node.pods[2].netns, "eth0", mark)
+    with marked.socket:
+        node.changed()
+        marked.send(node.from_pod(2, udp(pod_address(2, family), pod_address(3, family), 4000, 54)))
+        node.refused("POLICY_DENIED", EGRESS)
 
 
 # ---- from_overlay -----------------------------------------------------------------------------------------------

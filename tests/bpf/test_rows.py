@@ -453,6 +453,24 @@ def test_row_20_later_fragments_follow_the_first(node: Rig, family: int, path: s
         node.refused("POLICY_DENIED", hook)
 
 
+@both
+def test_row_20_fragments_of_a_masqueraded_answer(node: Rig, family: int) -> None:
+    """The later ones are found by the first one's port, before it is translated."""
+    two, here, peer = pod_address(2, family), NODE[family], WORLD[family]
+    node.pods[2].wire.send(node.from_pod(2, udp(two, peer, 4000, 53)))
+    port = int(Ether(node.far.receive()).sport)
+    node.passed(EGRESS)
+    data = bytes(range(48))
+    for packet in fragments(udp(peer, here, 53, port, data), 11):
+        node.far.send(node.from_far(packet))
+    got = [node.pods[2].wire.receive() for _ in range(2)]
+    assert all(right_checksums(frame[14:]) for frame in got)
+    # The UDP header and the payload, put together, are those of the whole answer to the pod.
+    head = 14 + (20 if family == 4 else 48)
+    assert b"".join(frame[head:] for frame in got) == bytes(udp(peer, two, 53, 4000, data).payload)
+    connection(node.passed(INGRESS, 2), packets=[1, 2])
+
+
 @pytest.mark.parametrize(
     "destination", ["224.0.0.5", "255.255.255.255", "0.0.0.0", "127.0.0.1", "ff02::5", "::1", "fe80::1", "240.0.0.1"]
 )
