@@ -6,6 +6,7 @@
 #include "hooks/host.h"
 #include "hooks/overlay.h"
 #include "hooks/netdev.h"
+#include "hooks/netdev_out.h"
 #include "lib/export.h"
 
 char _license[] SEC("license") = "Dual BSD/GPL";

@@ -143,15 +143,15 @@ static __always_inline void ct_touch(struct scratch *s, struct ct_entry *e, bool
 		ct_promote(&s->key, e);
 }
 
-/* Makes the row of s->key for a packet whose source is end b if `from_b`. */
-static __always_inline int ct_create(struct scratch *s, bool from_b, __u32 flags)
+/* Makes the row of s->key for a packet whose source is end b if `from_b`; `reply`: its destination is the originator. */
+static __always_inline int ct_create(struct scratch *s, bool from_b, bool reply, __u32 flags)
 {
 	struct ct_entry *e = &s->fresh;
 	struct pkt *p = &s->p;
 	long error;
 
 	__builtin_memset(e, 0, sizeof(*e));
-	if (from_b)
+	if (from_b != reply)
 		flags |= CT_ORIG_B;
 	if (s->in_tunnel)
 		flags |= CT_TUNNEL;
@@ -161,10 +161,10 @@ static __always_inline int ct_create(struct scratch *s, bool from_b, __u32 flags
 	e->epoch = s->epoch;
 	e->born = s->epoch;
 	e->expires = s->now + ct_life(p->protocol, flags);
-	e->packets[0] = 1;
-	e->bytes[0] = p->length;
-	e->identity[0] = s->ends[0].identity;
-	e->identity[1] = s->ends[1].identity;
+	e->packets[reply ? 1 : 0] = 1;
+	e->bytes[reply ? 1 : 0] = p->length;
+	e->identity[0] = reply ? s->ends[1].identity : s->ends[0].identity;
+	e->identity[1] = reply ? s->ends[0].identity : s->ends[1].identity;
 	e->rule[DIR_EGRESS] = s->rule[DIR_EGRESS];
 	e->rule[DIR_INGRESS] = s->rule[DIR_INGRESS];
 	e->l7 = s->l7;

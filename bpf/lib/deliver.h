@@ -37,6 +37,26 @@ static __always_inline void end_remote(struct end *end, __u32 identity, bool kno
 	end->since = 0;
 }
 
+/* The node's row while a node policy is in force, else NULL. */
+static __always_inline struct endpoint *policed_node(void)
+{
+	__u32 key = config_host_ifindex;
+	struct endpoint *node = bpf_map_lookup_elem(&endpoints, &key);
+
+	return node && (node->policy[DIR_EGRESS] | node->policy[DIR_INGRESS]) ? node : NULL;
+}
+
+/* An end of this node itself: an endpoint with policies of its own only while there is one. */
+static __always_inline void end_of_node(struct end *end)
+{
+	struct endpoint *node = policed_node();
+
+	if (node)
+		end_of_endpoint(end, node);
+	else
+		end_remote(end, IDENTITY_HOST, true);
+}
+
 static __always_inline struct ipcache_entry *ipcache_find(const union addr *addr)
 {
 	struct ipcache_key key = { .prefixlen = 128, .addr = *addr };
@@ -58,7 +78,7 @@ static __noinline int resolve(struct scratch *s, int i)
 	addr = i ? s->p.daddr : s->p.saddr;
 	local = bpf_map_lookup_elem(&local_addrs, &addr);
 	if (local && local->flags & LOCAL_HOST) {
-		end_remote(end, IDENTITY_HOST, true);
+		end_of_node(end);
 		if (i)
 			s->kind = DEST_HOST;
 		return 0;
@@ -121,7 +141,7 @@ static __always_inline struct scratch *start(struct __sk_buff *skb, __u8 observa
 	s->now = expiry_clock();
 	s->ifindex = skb->ifindex;
 	s->observation = observation;
-	s->direction = observation == OBS_FROM_POD ? DIR_EGRESS : DIR_INGRESS;
+	s->direction = observation == OBS_FROM_POD || observation == OBS_TO_NETDEV ? DIR_EGRESS : DIR_INGRESS;
 	s->ct_state = CT_STATE_NEW;
 	s->in_tunnel = 0;
 	s->l7 = 0;
@@ -169,7 +189,7 @@ static __always_inline int encapsulate(struct __sk_buff *skb, struct scratch *s)
 	if (bpf_skb_set_tunnel_key(skb, &key, sizeof(key), flags))
 		return drop(s, -DROP_TUNNEL_KEY);
 	count(0, DIR_EGRESS, s->p.length);
-	skb->mark = 0;
+	skb->mark = MARK_JUDGED;
 	return bpf_redirect(config_tunnel_ifindex, 0);
 }
 
@@ -183,7 +203,7 @@ static __always_inline int send_native(struct __sk_buff *skb, struct scratch *s)
 			return drop(s, error);
 	}
 	count(0, DIR_EGRESS, s->p.length);
-	skb->mark = 0;
+	skb->mark = MARK_JUDGED;
 	return bpf_redirect_neigh(config_native_ifindex, NULL, 0, 0);
 }
 

@@ -18,9 +18,12 @@ enum direction { DIR_EGRESS = 0, DIR_INGRESS = 1, DIR_MAX = 2 };
 
 enum endpoint_option {
 	EP_OPT_AUDIT = 1 << 0, /* policy verdicts are reported, not enforced */
+	EP_OPT_HOST = 1 << 1,  /* the node itself, not a pod; the map `exemptions` goes before its policies */
 };
 
-/* A local pod, keyed by the ifindex of its host-side interface. */
+/* A local pod, keyed by the ifindex of its host-side interface; or the node itself (EP_OPT_HOST), keyed by the ifindex of
+ * the host device. The node's row decides nothing while both its policy ids are 0.
+ */
 struct endpoint {
 	__u32 id; /* endpoint id, 1..65535 */
 	__u32 identity;
@@ -67,6 +70,27 @@ struct {
 	__type(value, struct local_addr);
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } local_addrs SEC(".maps");
+
+/* ---- the node itself -------------------------------------------------------------------------------------- */
+
+/* Connections of the node that no node policy judges, so that a policy cannot cut the node off. */
+struct exemption {
+	union addr peer; /* zero: any */
+	__be16 port;     /* the connection's destination port, or the ICMP type */
+	__u8 protocol;
+	__u8 direction; /* enum direction, of the connection as the node sees it */
+	__u32 zero;
+};
+_Static_assert(sizeof(struct exemption) == 24, "struct exemption has no implicit padding");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1024);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct exemption);
+	__type(value, __u32);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} exemptions SEC(".maps");
 
 /* ---- ipcache ---------------------------------------------------------------------------------------------- */
 
@@ -356,6 +380,7 @@ enum observation {
 	OBS_FROM_HOST = 2,
 	OBS_FROM_OVERLAY = 3,
 	OBS_FROM_NETDEV = 4,
+	OBS_TO_NETDEV = 5,
 };
 
 enum ct_state { CT_STATE_NEW = 0, CT_STATE_ESTABLISHED = 1, CT_STATE_REPLY = 2, CT_STATE_RELATED = 3 };

@@ -262,7 +262,7 @@ static __noinline int nat_in(struct __sk_buff *skb, struct scratch *s)
 		in.peer_port = icmp ? 0 : p->q_dport;
 		in.protocol = p->q_protocol;
 	} else {
-		if (!nat_has_ports(p))
+		if (!nat_has_ports(p) || is_echo_request(p)) /* a request answers nobody */
 			return 0;
 		in.inner = p->daddr;
 		in.peer = p->saddr;

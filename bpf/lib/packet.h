@@ -172,10 +172,24 @@ static __always_inline bool is_icmp(const struct pkt *p)
 	return p->protocol == (p->family == 4 ? IPPROTO_ICMP : PROTO_ICMPV6);
 }
 
+/* To nobody in particular; broadcast and the unspecified address too. */
+static __always_inline bool is_multicast(const struct pkt *p)
+{
+	if (p->family == 4)
+		return (p->daddr.w[3] & bpf_htonl(0xf0000000)) == bpf_htonl(0xe0000000) ||
+		       p->daddr.w[3] == bpf_htonl(0xffffffff) || !p->daddr.w[3];
+	return p->daddr.b[0] == 0xff || addr_zero(&p->daddr);
+}
+
 static __always_inline bool icmp_is_echo(__u8 family, __u8 type)
 {
 	return family == 4 ? type == ICMP_ECHO || type == ICMP_ECHOREPLY :
 			     type == ICMPV6_ECHO_REQUEST || type == ICMPV6_ECHO_REPLY;
+}
+
+static __always_inline bool is_echo_request(const struct pkt *p)
+{
+	return is_icmp(p) && p->icmp_type == (p->family == 4 ? ICMP_ECHO : ICMPV6_ECHO_REQUEST);
 }
 
 static __always_inline bool icmp_is_error(__u8 family, __u8 type)

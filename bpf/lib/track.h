@@ -2,6 +2,7 @@
 /* From a parsed packet with both ends resolved to what is to be done with it: conntrack, policy, revocation. */
 #pragma once
 #include "conntrack.h"
+#include "exempt.h"
 #include "neigh.h"
 #include "policy.h"
 
@@ -9,13 +10,34 @@ enum track_mode {
 	TRACK_POLICY = 0,     /* a new connection asks the policies */
 	TRACK_FROM_PROXY = 1, /* the proxy's leg to the server: never to the proxy again */
 	TRACK_REPLY = 2,      /* only packets of a known connection may pass */
+	TRACK_NODE = 3,       /* as TRACK_POLICY, but TCP that is under way and not known is TRACK_ASK */
+	TRACK_REVERSED = 4,   /* as TRACK_POLICY, but a connection not known was begun by the packet's destination */
 };
 
 enum track_result {
 	TRACK_FORWARD = 0,
 	TRACK_TO_LISTENER = 1, /* to the proxy, rule set s->l7 */
 	TRACK_TO_SOCKET = 2,   /* to the proxy's socket that has this connection */
+	TRACK_ASK = 3,         /* TRACK_NODE only: find out who began, then track again */
 };
+
+/* Asks one end's policy of one direction; `far`: the other end, at `peer`. */
+static __always_inline void ask(struct scratch *s, const struct end *end, const struct end *far, const union addr *peer,
+				__u8 direction, __be16 port, struct decision *d)
+{
+	s->direction = direction;
+	if (end->options & EP_OPT_HOST && exempt(s, peer, direction, port)) {
+		d->error = 0;
+		d->l7 = d->rule = 0;
+	} else {
+		policy_decide(end->policy[direction], far->identity, s->p.protocol, port, d);
+		if (d->l7 && end->options & EP_OPT_HOST) { /* nobody can serve it for the node: fail closed */
+			d->l7 = 0;
+			d->error = -DROP_PROXY_NOT_FOUND;
+		}
+	}
+	s->rule[direction] = d->rule;
+}
 
 /* Asks both ends' policies about the connection this packet belongs to; 0 or a negated drop reason. */
 static __always_inline int decide(struct scratch *s, bool reply)
@@ -37,18 +59,14 @@ static __always_inline int decide(struct scratch *s, bool reply)
 	s->l7 = 0;
 	s->audit = 0;
 	if (from->id) {
-		policy_decide(from->policy[DIR_EGRESS], to->identity, p->protocol, port, &d);
-		s->rule[DIR_EGRESS] = d.rule;
-		s->direction = DIR_EGRESS;
+		ask(s, from, to, reply ? &p->saddr : &p->daddr, DIR_EGRESS, port, &d);
 		if (d.error && !(from->options & EP_OPT_AUDIT))
 			return d.error;
 		s->audit |= !!d.error;
 		l7 = d.error ? 0 : d.l7;
 	}
 	if (to->id) {
-		policy_decide(to->policy[DIR_INGRESS], from->identity, p->protocol, port, &d);
-		s->rule[DIR_INGRESS] = d.rule;
-		s->direction = DIR_INGRESS;
+		ask(s, to, from, reply ? &p->daddr : &p->saddr, DIR_INGRESS, port, &d);
 		if (d.error && !(to->options & EP_OPT_AUDIT))
 			return d.error;
 		s->audit |= !!d.error;
@@ -236,20 +254,24 @@ static __noinline int track(struct scratch *s, int mode)
 		return -DROP_INVALID_SIP;
 	if (e && !anew)
 		return track_known(s, e, reply, embryonic);
-	s->ct_state = CT_STATE_NEW;
-	s->flags = 0;
+	if (mode == TRACK_NODE && p->protocol == IPPROTO_TCP && !is_first_segment(p))
+		return TRACK_ASK;
+	reply = mode == TRACK_REVERSED;
+	s->answers = reply;
+	s->ct_state = reply ? CT_STATE_REPLY : CT_STATE_NEW;
+	s->flags = reply ? CT_SEEN_REPLY : 0;
 	if (mode == TRACK_FROM_PROXY && !s->ends[0].known) /* the redirect knew its identity from the tunnel header */
-		return ct_create(s, from_b, CT_SEEN_REPLY);
-	error = decide(s, false);
+		return ct_create(s, from_b, false, CT_SEEN_REPLY);
+	error = decide(s, reply);
 	if (error)
 		return error;
 	if (mode == TRACK_FROM_PROXY)
-		return ct_create(s, from_b, CT_SEEN_REPLY);
+		return ct_create(s, from_b, false, CT_SEEN_REPLY);
 	if (s->l7)
 		s->flags |= CT_PROXIED;
 	if (anew && !s->settled)
 		bpf_map_delete_elem(&ct, &s->key); /* only now: a refused attempt leaves the row alone */
-	error = ct_create(s, from_b, s->flags);
+	error = ct_create(s, from_b, reply, s->flags);
 	if (error)
 		return error;
 	report(s);

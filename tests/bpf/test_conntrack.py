@@ -194,6 +194,19 @@ def test_server_cannot_turn_its_answers_into_a_connection(node: Rig, family: int
     assert talk.ask("SA") == REDIRECT
 
 
+@both
+def test_request_with_the_identifier_of_an_echo_is_no_answer(node: Rig, family: int) -> None:
+    """Who is pinged may not ping back on the row of that ping, under a policy that lets in nobody."""
+    node.apply(CLOSED_BOTH_WAYS)
+    two, three = pod_address(2, family), pod_address(3, family)
+    assert node.run("from_pod", "pod2", node.from_pod(2, echo(two, three, 7))).retval == REDIRECT
+    node.changed()
+    assert node.run("from_pod", "pod3", node.from_pod(3, echo(three, two, 7))).retval == SHOT
+    node.refused("POLICY_DENIED", EGRESS)
+    answer = echo(three, two, 7, reply=True)
+    assert node.run("from_pod", "pod3", node.from_pod(3, answer)).retval == REDIRECT
+
+
 # ---- floods -----------------------------------------------------------------------------------------------------
 
 

@@ -66,6 +66,14 @@ def test_octets_are_right_on_the_way_out_and_back(node: Rig, family: int, kind: 
         assert node.pods[2].wire.receive() == node.to_pod(2, packet(kind, two, peer, port, back=True))
 
 
+@both
+def test_request_to_a_mapping_is_the_nodes(node: Rig, family: int) -> None:
+    """The world pings the node with the identifier that a pod's ping happens to have."""
+    left = outside(node, "echo", 2, WORLD[family], 4000)
+    answer = node.run("from_netdev", "eth0", node.from_far(echo(WORLD[family], NODE[family], left)))
+    assert answer.retval == -1
+
+
 def test_udp_without_a_checksum_stays_without(node: Rig) -> None:
     sent = IP(src=pod_address(2, 4), dst=WORLD[4]) / UDP(sport=4000, dport=53, chksum=0) / Raw(b"data")
     node.pods[2].wire.send(node.from_pod(2, sent))

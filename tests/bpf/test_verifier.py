@@ -33,7 +33,7 @@ def test_programs_load_with_any_flags(values: tuple[bool, ...]) -> None:
         obj.set_config({**NUMBERS, **ADDRESSES, **dict(zip(flags(), values, strict=True))}, complete=True)
         obj.set_max_entries(dict.fromkeys(SMALL, 4096))
         obj.load()
-        assert sorted(obj.programs) == ["from_host", "from_netdev", "from_overlay", "from_pod"]
+        assert sorted(obj.programs) == ["from_host", "from_netdev", "from_overlay", "from_pod", "to_netdev"]
 
 
 @pytest.mark.parametrize("number", sorted(NUMBERS))

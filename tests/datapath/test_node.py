@@ -155,7 +155,7 @@ def test_restart_loses_no_packet(node: Node) -> None:
         node.add_pod(number)
     node.open_all()
     assert node.ping(2, "10.1.0.3")
-    command = ["ip", "netns", "exec", node.pods[2].name, "ping", "-q", "-c", "300", "-i", "0.01", "-W", "1", "10.1.0.3"]
+    command = ["ip", "netns", "exec", node.pods[2].name, "ping", "-q", "-c", "600", "-i", "0.01", "-W", "1", "10.1.0.3"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as ping:
         rounds = 0
         while ping.poll() is None:
@@ -167,8 +167,8 @@ def test_restart_loses_no_packet(node: Node) -> None:
             rounds += 1
         assert ping.stdout is not None
         output = ping.stdout.read()
-    assert "300 received" in output, output
-    assert rounds > 3
+    assert "600 received" in output, output
+    assert rounds > 2  # on a busy machine each takes a second or two
 
 
 def test_datapath_outlives_its_agent(node: Node) -> None:

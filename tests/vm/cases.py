@@ -137,6 +137,63 @@ def _other_hooks() -> Iterator[dict[str, str]]:
         yield _case(f"IPv{family} from_netdev to the node", _ip(family, world, node) / answer, "eth0", "from_netdev")
 
 
+def _node_policy() -> Iterator[dict[str, str]]:
+    """What the node exchanges with others while ``results.node_policies`` are in force."""
+    for family in (4, 6):
+        own, other, world = (_PEERS[name][family != 4] for name in ("node", "other node", "world"))
+        pod, elsewhere = _PEERS["pod3"][family != 4], ("198.51.100.7", "fd00:9::7")[family != 4]
+        ends = {"node": own, "other node": other, "world": world, "elsewhere": elsewhere}
+        for peer, port in product(("other node", "world", "elsewhere"), (53, 80, 84, 6443, 8472)):
+            for kind, layer, flags in (
+                ("TCP", TCP, {"flags": "S"}),
+                ("UDP", UDP, {}),
+                ("late TCP", TCP, {"flags": "PA"}),
+            ):
+                there = layer(sport=53000 + len(kind), dport=port, **flags) / Raw(b"z" * 9)
+                name = f"IPv{family} node policy: {kind} port {port}"
+                if peer != "elsewhere":
+                    yield _case(f"{name} from {peer}", _ip(family, ends[peer], own) / there, "eth0", "from_netdev")
+                yield _case(f"{name} to {peer}", _ip(family, own, ends[peer]) / there, "eth0", "to_netdev")
+        for flags, reply in (("S", False), ("SA", True), ("A", False), ("FA", True), ("FA", False), ("A", True)):
+            for name, program, first, second in (
+                ("to the node", "from_netdev", world, own),
+                ("of the node", "to_netdev", own, world),
+            ):
+                port = 80 if program == "from_netdev" else 53
+                pair, ports = ((second, first), (port, 53999)) if reply else ((first, second), (53999, port))
+                hook = {"from_netdev": "to_netdev", "to_netdev": "from_netdev"}[program] if reply else program
+                packet = _ip(family, *pair) / TCP(sport=ports[0], dport=ports[1], flags=flags)
+                yield _case(f"IPv{family} node policy: connection {name} {flags}", packet, "eth0", hook)
+        syn = TCP(sport=53500, dport=80, flags="S")
+        yield _case(f"IPv{family} node policy: own source", _ip(family, own, own) / syn, "eth0", "from_netdev")
+        yield _case(
+            f"IPv{family} node policy: not for the node", _ip(family, world, elsewhere) / syn, "eth0", "from_netdev"
+        )
+        for number in (2, 4):
+            yield _case(f"IPv{family} node policy: pod{number} to node", _ip(family, number, own) / syn, f"pod{number}")
+        yield _case(f"IPv{family} node policy: node to pod", _ip(family, own, pod) / syn, "ciliate_host", "from_host")
+    quoted = bytes(IP(src="192.0.2.1", dst="203.0.113.9") / TCP(sport=53999, dport=53))[:28]
+    about = bytes(IP(src="192.0.2.1", dst="203.0.113.9") / TCP(sport=1, dport=2))[:28]
+    tunnel = bytes(IP(src="192.0.2.1", dst="192.0.2.2") / UDP(sport=40000, dport=8472))[:28]
+    for name, quote in (("a connection", quoted), ("nothing", about), ("the overlay", tunnel)):
+        error = IP(src="192.0.2.77", dst="192.0.2.1") / ICMP(type=3, code=4) / Raw(quote)
+        yield _case(f"IPv4 node policy: error about {name}", error, "eth0", "from_netdev")
+    solicit = ICMPv6ND_NS(tgt="2001:db8::1") / ICMPv6NDOptSrcLLAddr(lladdr="02:00:00:00:00:01")
+    for program in ("from_netdev", "to_netdev"):
+        packet = IPv6(src="2001:db8::2", dst="ff02::1:ff00:1", hlim=255) / solicit
+        yield _case(f"IPv6 node policy: ND {program}", packet, "eth0", program)
+        yield _case(
+            f"node policy: ARP {program}", ARP(op="who-has", psrc="192.0.2.2", pdst="192.0.2.1"), "eth0", program
+        )
+        stray = IP(src="192.0.2.2", dst="192.0.2.1", id=90, frag=4, proto=17) / Raw(bytes(24))
+        yield _case(f"IPv4 node policy: stray fragment {program}", stray, "eth0", program)
+        cut = IP(src="203.0.113.9", dst="192.0.2.1", ihl=4) / Raw(bytes(24))
+        yield _case(f"IPv4 node policy: wrong header length {program}", cut, "eth0", program)
+    for to in ("192.0.2.255", "224.0.0.5"):
+        packet = IP(src="203.0.113.9", dst=to) / UDP(sport=53600, dport=80)
+        yield _case(f"IPv4 node policy: to {to}", packet, "eth0", "from_netdev")
+
+
 def _forged() -> Iterator[dict[str, str]]:
     """What a reading of the programs found, and what tests/bpf tests in full: the oldest kernel must do the same."""
     for family in (4, 6):
@@ -193,4 +250,5 @@ def _forged() -> Iterator[dict[str, str]]:
 
 def all_cases() -> list[dict[str, str]]:
     """Return the packets, in the order in which they are sent."""
-    return [*_connections(), *_control(), *_odd(), *_other_hooks(), *_forged()]
+    node = [case | {"policy": "node"} for case in _node_policy()]
+    return [*_connections(), *_control(), *_odd(), *_other_hooks(), *_forged(), *node]

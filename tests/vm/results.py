@@ -1,7 +1,8 @@
 """What the programs answer to given packets on the kernel that runs this: ``python -m tests.vm.results CASES OUTPUT``.
 
 Runs on the host and in the emulated machine; nothing in the output depends on time, on chance or on interface numbers,
-so the two outputs must be equal. ``CASES``: JSON, a list of ``{"name", "program", "device", "frame"}``.
+so the two outputs must be equal. ``CASES``: JSON, a list of ``{"name", "program", "device", "frame"}``; from the first
+one with ``"policy": "node"`` on there are node policies.
 """
 
 import json
@@ -17,15 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from ciliate.datapath import devices
-from ciliate.datapath.endpoints import EndpointId, EndpointRow
+from ciliate.datapath.endpoints import HOST_ENDPOINT, EndpointId, EndpointRow
 from ciliate.datapath.events import EventReader
+from ciliate.datapath.exemptions import LEASES, api_servers
 from ciliate.datapath.ipcache import IpcacheRow
 from ciliate.datapath.netlink import in_netns
 from ciliate.datapath.node import Datapath, DatapathConfig
-from ciliate.identity.numbers import IdentityId
+from ciliate.identity.numbers import IdentityId, Scope
 from ciliate.policy.image import Direction, PolicyImage, PortPrefix, Row, RowVerdict, RuleRef
 
 PODS = (2, 3, 4)
+KNOWN = [IdentityId(n) for n in (1002, 1003, 1004, 1007)]
 SIZES = {"ct": 4096, "ct_new": 4096, "nat": 4096, "ipcache": 4096, "fragments": 1024}
 
 
@@ -65,6 +68,32 @@ def web_policy() -> PolicyImage:
         members={IdentityId(1002): allowed, IdentityId(1004): denied},
         default_rules=(imposed,),
     )
+
+
+def node_policies() -> tuple[PolicyImage, PolicyImage]:
+    """Egress: UDP and TCP 53 to the world. Ingress: TCP 80-83 from the world, anything from pod 2."""
+
+    def row(protocol: int, port: int, bits: int) -> Row:
+        rule = RuleRef(kind="CiliumClusterwideNetworkPolicy", namespace="", name="node", section="rule", index=port)
+        key = PortPrefix(protocol=protocol, port=port, bits=bits)
+        return Row(key=key, verdict=RowVerdict.ALLOW, rules=(rule,))
+
+    imposed = (RuleRef(kind="CiliumClusterwideNetworkPolicy", namespace="", name="node", section="default", index=-1),)
+    world_out, world_in = (row(6, 53, 16), row(17, 53, 16)), (row(6, 80, 14),)
+    egress = PolicyImage(
+        direction=Direction.EGRESS,
+        defaults={Scope.WORLD: world_out},
+        unknown={Scope.WORLD: world_out},
+        default_rules=imposed,
+    )
+    ingress = PolicyImage(
+        direction=Direction.INGRESS,
+        defaults={Scope.WORLD: world_in},
+        unknown={Scope.WORLD: world_in},
+        members={IdentityId(1002): (row(0, 0, 0),)},
+        default_rules=imposed,
+    )
+    return egress, ingress
 
 
 def _underlay(node: Path) -> None:
@@ -138,8 +167,13 @@ def _fill(stack: ExitStack, node: Path, path: Datapath) -> tuple[dict[str, int],
         }
     )
     desired = {EndpointId(2): (None, None), EndpointId(3): (None, web_policy()), EndpointId(4): (None, None)}
-    path.apply_policy(desired, [IdentityId(n) for n in (1002, 1003, 1004, 1007)], complete=True)
+    path.apply_policy(desired, KNOWN, complete=True)
     return numbers, macs
+
+
+def _enforce_on_node(path: Datapath) -> None:
+    path.exemptions.sync((*LEASES, *api_servers([(IPv4Address("192.0.2.2"), 6443)])))
+    path.apply_policy({HOST_ENDPOINT: node_policies()}, KNOWN, complete=False)
 
 
 def _named(data: bytes, macs: dict[bytes, str]) -> str:
@@ -187,7 +221,11 @@ def collect(cases: list[dict[str, str]]) -> dict[str, Any]:
         _events(reader)
         before = Counter(_counters(path))
         results: list[dict[str, Any]] = []
+        policies: set[str] = set()
         for case in cases:
+            if case.get("policy") == "node" and not policies:
+                policies.add("node")
+                _enforce_on_node(path)
 
             def run(case: dict[str, str] = case) -> Any:
                 context = {"ifindex": numbers[case["device"]]}

@@ -55,7 +55,7 @@ def here(folder: Path) -> dict[str, Any]:
 def test_every_program_loads(there: dict[str, Any]) -> None:
     assert there["kernel"].startswith("6.1.")
     assert there["attach"] == "clsact"
-    assert there["programs"] == ["from_host", "from_netdev", "from_overlay", "from_pod"]
+    assert there["programs"] == ["from_host", "from_netdev", "from_overlay", "from_pod", "to_netdev"]
 
 
 def test_every_program_loads_with_other_flags(folder: Path) -> None:
@@ -81,6 +81,9 @@ def test_cases_reach_every_outcome(here: dict[str, Any]) -> None:
         "NONE", "POLICY_DENIED", "POLICY_DENY", "INVALID_SIP", "INVALID_PACKET", "EXT_HEADERS", "FRAG_NOT_FOUND",
         "ICMP_UNRELATED", "NO_ENDPOINT", "TOO_BIG", "TUNNEL_PORT", "UNSUPPORTED_DEST",
     }  # fmt: skip
+    own = [one for one in here["results"] if "node policy" in one["name"]]
+    assert {one["retval"] for one in own} == {-1, 0, 2}
+    assert {end for one in own for event in one["events"] for end in event["endpoint"]} >= {0, 2, 3, 65535}
     assert len(here["state"]["conntrack"]) > 100
     assert here["state"]["nat"]
 

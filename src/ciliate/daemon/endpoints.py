@@ -10,7 +10,8 @@ import msgspec
 from ciliate.identity.labels import Labels
 from ciliate.identity.numbers import IdentityId
 
-LAST_ID: Final = 65535
+LAST_ID: Final = 65534
+"""65535 is the node itself (``HOST_ENDPOINT``)."""
 
 
 class LocalEndpoint(msgspec.Struct, kw_only=True):

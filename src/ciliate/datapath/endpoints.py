@@ -16,6 +16,10 @@ EndpointId = NewType("EndpointId", int)
 P = ParamSpec("P")
 T = TypeVar("T")
 
+HOST_ENDPOINT: Final = EndpointId(65535)
+"""The node itself: the last id, so that no pod has it. It exists as soon as the datapath runs."""
+HOST_IDENTITY: Final = 1
+"""``reserved:host``."""
 NO_POLICY: Final = 0
 """Policy id: no policy selects the endpoint in this direction."""
 PENDING_POLICY: Final = 0xFFFFFFFF
@@ -81,6 +85,7 @@ class Endpoints:
         self._addresses = local_addrs
         self._epoch = epoch
         self._audit = btf_constant(btf, "endpoint_option", "EP_OPT_AUDIT", 1)
+        self._host = btf_constant(btf, "endpoint_option", "EP_OPT_HOST", 2)
         self._local_host = btf_constant(btf, "local_addr_flag", "LOCAL_HOST", 1)
         self._rows: dict[EndpointId, Array] = {}
         self._policies: dict[EndpointId, tuple[int, int]] = {}
@@ -143,6 +148,42 @@ class Endpoints:
         new["since"] = old["since"] if same_addresses and old is not None else self._epoch.value + 1
         return new
 
+    @_locked
+    def ensure_host(self, ifindex: int, mtu: int) -> bool:
+        """Make the node itself an endpoint, keyed by the host device; return whether anything changed.
+
+        Unlike a pod it starts without a policy, hence open: a node must come up. A restart keeps policies and options.
+        """
+        old = self._rows.get(HOST_ENDPOINT)
+        new = np.zeros(1, self._table.value_dtype) if old is None else old.copy()
+        new["id"], new["identity"], new["ifindex"], new["mtu"] = HOST_ENDPOINT, HOST_IDENTITY, ifindex, mtu
+        new["options"] |= self._host
+        new["policy"] = self._policies.setdefault(HOST_ENDPOINT, (NO_POLICY, NO_POLICY))
+        if old is not None and old.tobytes() == new.tobytes():
+            return False
+        self._table.update(new["ifindex"].copy(), new)
+        if old is not None:
+            self._drop_leftovers(old, new)
+        self._rows[HOST_ENDPOINT] = new
+        self._epoch.bump()
+        return True
+
+    @_locked
+    def set_audit(self, endpoint: EndpointId, audit: bool) -> bool:
+        """Enforce an endpoint's policies, or only report them (``audit``); return whether that changed.
+
+        Holds for established connections too. A later ``upsert`` of a pod says it anew. Error: KeyError (no row).
+        """
+        new = self._rows[endpoint].copy()
+        options = int(new["options"][0])
+        new["options"] = options | self._audit if audit else options & ~self._audit
+        if int(new["options"][0]) == options:
+            return False
+        self._table.update(new["ifindex"].copy(), new)
+        self._rows[endpoint] = new
+        self._epoch.bump()
+        return True
+
     def _drop_leftovers(self, old: Array, new: Array) -> None:
         if old["ifindex"][0] != new["ifindex"][0]:
             self._table.delete_many(old["ifindex"].copy())
@@ -174,10 +215,10 @@ class Endpoints:
 
     @_locked
     def sync(self, desired: Iterable[EndpointRow], *, prune: bool) -> tuple[str, ...]:
-        """Make the rows those of ``desired``; return addresses freed. Others are removed only with ``prune``."""
+        """Make the pods' rows those of ``desired``; return addresses freed. Others are removed only with ``prune``."""
         wanted = {row.id: row for row in desired}
         freed: list[str] = []
-        for gone in [e for e in self._rows if e not in wanted] if prune else []:
+        for gone in [e for e in self._rows if e not in wanted and e != HOST_ENDPOINT] if prune else []:
             freed += self.remove(gone)
         for row in wanted.values():
             self.upsert(row)
@@ -233,6 +274,7 @@ class Endpoints:
                 "mtu": int(r["mtu"][0]),
                 "since": int(r["since"][0]),
                 "audit": bool(int(r["options"][0]) & self._audit),
+                "host": bool(int(r["options"][0]) & self._host),
             }
             for _, r in sorted(self._rows.items())
         ]

@@ -21,8 +21,9 @@ from ciliate.datapath._libbpf import lib
 from ciliate.datapath.build import OBJECT
 from ciliate.datapath.conntrack import Conntrack, Counter, read_counters
 from ciliate.datapath.devices import NodeDevices, PodInterface
-from ciliate.datapath.endpoints import EndpointId, Endpoints, Epoch
+from ciliate.datapath.endpoints import HOST_ENDPOINT, EndpointId, Endpoints, Epoch
 from ciliate.datapath.events import EventReader
+from ciliate.datapath.exemptions import LEASES, Exemption, Exemptions
 from ciliate.datapath.features import Features, probe
 from ciliate.datapath.ipcache import Ipcache
 from ciliate.datapath.links import Hook, Links
@@ -63,6 +64,8 @@ class DatapathConfig:
     force_clsact: bool = False
     max_entries: Mapping[str, int] = field(default_factory=dict)
     """Sizes of maps that shall differ from the object's."""
+    host_exemptions: tuple[Exemption, ...] = LEASES
+    """Connections of the node that no node policy judges."""
     object_path: Path = OBJECT
 
 
@@ -107,6 +110,8 @@ class Datapath:
         self._object = self._load(root / "maps")
         try:
             self._make_reconcilers()
+            self.exemptions.sync(config.host_exemptions)
+            self.endpoints.ensure_host(self._devices.host.ifindex, self._devices.host.mtu)
             self._attach_all()
         except BaseException:
             self._object.close()
@@ -182,6 +187,7 @@ class Datapath:
         self.policy = PolicyMaps(maps, self.endpoints, self.epoch, self.rule_ids, grace=grace_period)
         self.conntrack = Conntrack(maps, btf)
         self.listeners = Listeners(maps["listeners"])
+        self.exemptions = Exemptions(maps["exemptions"], self.epoch)
 
     def _attach_all(self) -> None:
         """Swap or attach every program: pods first, so that a new generation never answers to an old one's packets
@@ -197,7 +203,8 @@ class Datapath:
         else:
             self.links.detach("overlay")
         self.links.attach("netdev", programs["from_netdev"], found.native.ifindex, Hook.INGRESS)
-        keep = {"host", "overlay", "netdev", *(_pin(name) for name in pods)}
+        self.links.attach("netdev_out", programs["to_netdev"], found.native.ifindex, Hook.EGRESS)
+        keep = {"host", "overlay", "netdev", "netdev_out", *(_pin(name) for name in pods)}
         for link in list(self.links.pinned()):
             if link.name not in keep:
                 self.links.detach(link.name)
@@ -264,6 +271,10 @@ class Datapath:
         """See ``PolicyMaps.apply``. ``housekeeping`` frees what it leaves behind."""
         with self._policy_lock:
             return self.policy.apply(desired, identities, complete=complete)
+
+    def audit_host(self, audit: bool) -> bool:
+        """Report what node policies say instead of enforcing it, or enforce it again; return whether that changed."""
+        return self.endpoints.set_audit(HOST_ENDPOINT, audit)
 
     def housekeeping(self) -> dict[str, int]:
         """Free unused policy rows and conntrack rows of removed endpoints; return how many. Call soon after changes."""
@@ -365,6 +376,7 @@ class Datapath:
             self.links.detach(_pin(name))
             devices.unwire_pod(name)
         self.links.detach("netdev", self._devices.native.ifindex, Hook.INGRESS)
+        self.links.detach("netdev_out", self._devices.native.ifindex, Hook.EGRESS)
         self.close()
         root = self.config.bpffs / "ciliate" / SCHEMA
         for folder in (root / "links", root / "maps"):

@@ -1,0 +1,48 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* What leaves the node by the underlay device. Attached to its egress; judges only what the node itself made. */
+#pragma once
+#include "../lib/node.h"
+
+/* Whether somebody else made the packet, another hook has judged it, or it is another device's. Forwarded packets remember where they came in. */
+static __always_inline bool is_judged(const struct __sk_buff *skb)
+{
+	__u32 mark = skb->mark & MARK_MASK;
+
+	return skb->ingress_ifindex || mark == MARK_JUDGED || mark == MARK_FROM_PROXY || is_of_vlan(skb);
+}
+
+SEC("tc")
+int to_netdev(struct __sk_buff *skb)
+{
+	struct local_addr *local;
+	struct endpoint *node;
+	struct scratch *s;
+	__u32 policy;
+	int result;
+
+	if (is_judged(skb))
+		return TC_ACT_UNSPEC;
+	node = policed_node();
+	if (!node)
+		return TC_ACT_UNSPEC;
+	s = start(skb, OBS_TO_NETDEV);
+	if (!s)
+		return TC_ACT_SHOT;
+	end_of_endpoint(&s->ends[0], node);
+	end_remote(&s->ends[1], 0, false);
+	policy = s->ends[0].policy[DIR_EGRESS];
+	result = pkt_parse(skb, &s->p);
+	if (result == -DROP_UNSUPPORTED_L3 || (!result && is_link_control(&s->p)))
+		return TC_ACT_UNSPEC; /* ARP and other things that are not IP; discovery */
+	if (!result && s->p.frag != FRAG_NONE)
+		result = frag_ports(s);
+	if (result < 0)
+		return policy ? drop(s, result) : TC_ACT_UNSPEC;
+	local = bpf_map_lookup_elem(&local_addrs, &s->p.saddr);
+	if (local && !(local->flags & LOCAL_HOST))
+		return TC_ACT_UNSPEC; /* a pod's, by way of a proxy */
+	if (is_overlay(&s->p, &s->p.daddr))
+		return TC_ACT_UNSPEC;
+	end_outside(s, &s->ends[1], &s->p.daddr);
+	return judge_node(skb, s, policy);
+}
