@@ -65,6 +65,11 @@ int from_overlay(struct __sk_buff *skb)
 	if (result < 0)
 		return drop(s, result);
 	end_remote(&s->ends[0], identity, true);
+	if (identity == IDENTITY_REMOTE_NODE) { /* a node may have an identity of its own here */
+		result = resolve(s, 0);
+		if (result < 0)
+			return drop(s, result);
+	}
 	if (s->p.frag != FRAG_NONE) {
 		result = frag_ports(s);
 		if (result < 0)

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import structlog
@@ -12,6 +13,7 @@ from ciliate.cni.conflist import install_conflist, install_plugin
 from ciliate.daemon.config import AgentConfig
 from ciliate.daemon.endpoints import EndpointTable, LocalEndpoint
 from ciliate.daemon.enforcement import Enforcement, Wanted
+from ciliate.daemon.hostguard import HostGuard, reachable
 from ciliate.daemon.ipcache import IpTable, NodeAddresses, PodAddress
 from ciliate.daemon.monitor import Decoder, Hub
 from ciliate.daemon.named_ports import NamedPortTable
@@ -19,6 +21,7 @@ from ciliate.daemon.objects import ClusterObjects, Read
 from ciliate.daemon.policy_status import own_report, status_documents
 from ciliate.daemon.removals import Removals
 from ciliate.datapath.endpoints import EndpointId, EndpointRow
+from ciliate.datapath.exemptions import LEASES, api_servers
 from ciliate.datapath.node import Datapath, DatapathConfig
 from ciliate.identity.labels import Labels, pod_labels, reserved_labels
 from ciliate.identity.numbers import ALLOCATED_MIN, IdentityId, Reserved
@@ -71,9 +74,12 @@ class Agent:
         """Sources that have not reported yet."""
         self.datapath: Datapath
         self.enforcement: Enforcement
+        self.guard: HostGuard | None = None
+        """None: there is no API server that a node policy could cut off."""
         self.ready = False
         self._scanning = asyncio.Lock()
-        self._remote: dict[str, Node] = {}
+        self.remote: dict[str, Node] = {}
+        """The nodes that the kvstore names, by name."""
         self._reports: dict[str, Report] = {}
         self._housekeeping = asyncio.Event()
 
@@ -108,6 +114,7 @@ class Agent:
                 tunnel_port=config.tunnel_port,
                 masquerade=config.masquerade,
                 max_entries=config.map_sizes,
+                host_exemptions=(*LEASES, *api_servers(config.api_servers)),
             )
         )
         self.enforcement = Enforcement(
@@ -118,6 +125,12 @@ class Agent:
             config.state_dir,
             self.proxy,
         )
+        if config.api_servers:
+            self.guard = HostGuard(
+                probe=partial(reachable, config.api_servers),
+                set_audit=lambda audit: asyncio.to_thread(self.datapath.audit_host, audit),
+                clock=time.monotonic,
+            )
         self.removals = Removals(self.datapath.unwire_endpoint)
         self.decoder = Decoder(
             node=config.node_name,
@@ -159,6 +172,8 @@ class Agent:
             group.create_task(self._follow_nodes())
             group.create_task(self._follow_reports())
             group.create_task(self._report())
+            if self.guard is not None:
+                group.create_task(self.guard.run())
             group.create_task(self._read_events())
             group.create_task(self._read_accesslog())
             group.create_task(self._keep_house())
@@ -327,7 +342,7 @@ class Agent:
                 policies=dict(cluster.policies),
                 groups={name: one for (_, name), one in cluster.groups.items()},
                 services=cluster.service_facts(),
-                nodes={name: node.labels for name, node in self._remote.items() if name != own},
+                nodes={name: node.labels for name, node in self.remote.items() if name != own},
                 host=self.node.labels,
             )
         )
@@ -364,12 +379,13 @@ class Agent:
         """Return what is not as asked for."""
         files = [f"{file}: {text}" for file, text in sorted(self.unreadable.items())]
         last = self.enforcement.last
+        guard = [self.guard.alarm] if self.guard is not None and self.guard.alarm else []
         refused = [f"{kind} {namespace}/{name}: {text}" for (kind, namespace, name), text in last.refused.items()]
-        return [*files, *map(str, self.cluster.rejected.values()), *last.problems, *refused]
+        return [*files, *map(str, self.cluster.rejected.values()), *last.problems, *refused, *guard]
 
     def policies(self) -> list[dict[str, Any]]:
         """Return each policy's status in the cluster."""
-        return self._policies({*self._remote, self.config.node_name})
+        return self._policies({*self.remote, self.config.node_name})
 
     def _policies(self, nodes: set[str]) -> list[dict[str, Any]]:
         own = {self.config.node_name: own_report(self.cluster, self.enforcement.in_force)}
@@ -399,6 +415,8 @@ class Agent:
         passes = 0
         while True:
             passes = await self.enforcement.passed(passes)
+            if self.guard is not None:
+                self.guard.changed(self.enforcement.host if any(self.enforcement.host) else None)
             report = own_report(self.cluster, self.enforcement.in_force)
             if report != told:
                 await asyncio.to_thread(self.reports.publish, self.config.node_name, report)
@@ -442,10 +460,10 @@ class Agent:
         async for batch in self.nodes.watch():
             for name, node in batch.items():
                 if node is None:
-                    self._remote.pop(name, None)
+                    self.remote.pop(name, None)
                 else:
-                    self._remote[name] = node
-            await asyncio.to_thread(self._learn_nodes, self._remote | {self.config.node_name: self.node})
+                    self.remote[name] = node
+            await asyncio.to_thread(self._learn_nodes, self.remote | {self.config.node_name: self.node})
             self._want()
             self.enforcement.request()
             await self._reported("nodes")
@@ -512,75 +530,3 @@ class Agent:
         if not self.waiting and not self.ready:
             reasons = ["the first policies are being written"]
         return {"ready": self.ready, "reasons": reasons}
-
-    def endpoint_documents(self) -> list[dict[str, Any]]:
-        """Return all endpoints for display."""
-        return [self.endpoint_document(one) for one in sorted(self.endpoints, key=lambda e: e.id)]
-
-    def endpoint_document(self, one: LocalEndpoint) -> dict[str, Any]:
-        """Return an endpoint for display."""
-        egress, ingress = self.datapath.endpoints.policies().get(EndpointId(one.id), (0, 0))
-        return {
-            "id": one.id,
-            "namespace": one.namespace,
-            "name": one.name,
-            "pod": one.pod,
-            "identity": one.identity,
-            "labels": one.labels,
-            "addresses": one.addresses,
-            "device": one.device,
-            "ifindex": one.ifindex,
-            "container_id": one.container_id,
-            "state": "ready" if one.ifindex else "creating",
-            "policy": {
-                "egress": egress,
-                "ingress": ingress,
-                "egress_enforced": egress != 0,
-                "ingress_enforced": ingress != 0,
-            },
-            "named_ports": [list(port) for port in one.named_ports],
-        }
-
-    def node_documents(self) -> list[dict[str, Any]]:
-        """Return the cluster's nodes for display."""
-        nodes = self._remote | {self.config.node_name: self.node}
-        return [
-            {
-                "name": name,
-                "addresses": [str(a) for a in (node.ipv4, node.ipv6) if a is not None],
-                "pod_cidrs": [str(cidr) for cidr in node.pod_cidrs],
-                "local": name == self.config.node_name,
-            }
-            for name, node in sorted(nodes.items())
-        ]
-
-    def status(self) -> dict[str, Any]:
-        """Return what ``ciliate status`` shows."""
-        last = self.enforcement.last
-        return {
-            "node": self.config.node_name,
-            "cluster": {"name": self.config.cluster_name, "id": self.config.cluster_id},
-            "health": self.health(),
-            "routing_mode": self.config.routing_mode,
-            "ipv4": self.config.ipv4,
-            "ipv6": self.config.ipv6,
-            "masquerade": self.config.masquerade,
-            "endpoints": len(self.endpoints),
-            "identities": len(self.engine.identities.rows),
-            "policies": len(self.cluster.policies),
-            "nodes": len(self._remote.keys() | {self.config.node_name}),
-            "ipam": self.ipam.usage(),
-            "enforcement": {"revision": last.revision, "epoch": last.epoch, "milliseconds": round(last.took * 1000, 3)},
-            "problems": self.problems(),
-            "datapath": self.datapath.status(),
-        }
-
-    def identity_documents(self) -> list[dict[str, Any]]:
-        """Return the identities that this node knows, for display."""
-        local: dict[int, int] = {}
-        for one in self.endpoints:
-            local[one.identity] = local.get(one.identity, 0) + 1
-        return [
-            {"id": number, "labels": sorted(row.labels), "local_endpoints": local.get(number, 0)}
-            for number, row in sorted(self.engine.identities.rows.items())
-        ]

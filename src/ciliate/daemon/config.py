@@ -38,6 +38,7 @@ class AgentConfig:
     routing_mode: Literal["tunnel", "native"] = "tunnel"
     masquerade: bool = True
     tunnel_port: int = 8472
+    api_servers: tuple[tuple[IPv4Address | IPv6Address, int], ...] = ()
     cni_conf_dir: Path | None = None
     cni_bin_dir: Path | None = None
     cni_plugin: Path | None = None
@@ -79,6 +80,8 @@ _HELP: Final[Mapping[str, str]] = {
     "routing_mode": "tunnel (VXLAN) or native (default: tunnel)",
     "masquerade": "pods leave the cluster with the node's address (default: true)",
     "tunnel_port": "UDP port of the overlay (default: 8472)",
+    "api_servers": "Kubernetes API servers, ADDRESS:PORT, comma-separated: no node policy keeps this node from them, "
+    "and one that cuts them off all the same is taken back",
     "cni_conf_dir": "install the CNI configuration here once the agent is ready",
     "cni_bin_dir": "install the CNI plugin here, from --cni-plugin",
     "cni_plugin": "the plugin's executable, ciliate-cni",
@@ -140,6 +143,8 @@ def _read(name: str, value: Any) -> Any:
                 return int(value)
             case "node_ips":
                 return tuple(ip_address(one) for one in _listed(value))
+            case "api_servers":
+                return tuple(_endpoint(one) for one in _listed(value))
             case "pod_cidrs":
                 return tuple(ip_network(one) for one in _listed(value))
             case "map_sizes":
@@ -152,6 +157,13 @@ def _read(name: str, value: Any) -> Any:
                 return Path(str(value)).absolute()
     except (ValueError, KeyError) as error:
         raise ConfigError(f"{option}: {value!r} is not valid ({error})") from error
+
+
+def _endpoint(text: str) -> tuple[IPv4Address | IPv6Address, int]:
+    address, _, port = text.rpartition(":")
+    if not 1 <= int(port) <= 65535:
+        raise ValueError(f"{port} is not in 1..65535")
+    return ip_address(address.strip("[]")), int(port)
 
 
 def _listed(value: Any) -> list[str]:

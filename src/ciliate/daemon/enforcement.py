@@ -22,14 +22,14 @@ from ciliate.daemon.endpoints import EndpointTable
 from ciliate.daemon.ipcache import IpTable
 from ciliate.daemon.local_identities import cidr_identities, node_identities
 from ciliate.daemon.monitor import rule_text
-from ciliate.datapath.endpoints import EndpointId
+from ciliate.datapath.endpoints import HOST_ENDPOINT, EndpointId
 from ciliate.datapath.node import Datapath
 from ciliate.datapath.policy import Desired, Known, PolicyReport
-from ciliate.identity.labels import Labels, cidr_labels, node_labels
+from ciliate.identity.labels import Labels, cidr_labels, host_labels, node_labels
 from ciliate.identity.numbers import IdentityId
 from ciliate.identity.selectors import NamedPorts
 from ciliate.policy.engine import PolicyEngine
-from ciliate.policy.image import RuleSet
+from ciliate.policy.image import PolicyImage, RuleSet
 from ciliate.policy.l7 import HttpRule, L7Protocol
 from ciliate.policy.rules import CidrGroup, PolicyObject, ServiceFacts, names_nodes
 from ciliate.proxy.api import HttpRuleSpec, RulesetSpec
@@ -39,6 +39,7 @@ log = structlog.get_logger()
 Key = tuple[str, str, str]
 K = TypeVar("K")
 V = TypeVar("V")
+Pair = tuple[PolicyImage | None, PolicyImage | None]
 Change = Callable[[PolicyEngine], object]
 Snapshot = Collection[tuple[EndpointId, Labels, NamedPorts]]
 """The endpoints as they are when a pass looks at them: id, labels, named ports."""
@@ -92,6 +93,8 @@ class Enforcement:
         self._proxy = proxy
         self.in_force: Mapping[Key, PolicyObject] = {}
         """The policies that the datapath enforces, as of the last pass that left no problem."""
+        self.host: Pair = (None, None)
+        """What is enforced on the node itself: (egress, ingress)."""
         self._wanted = Wanted()
         self._known = Wanted()
         """What the engine has been told."""
@@ -182,7 +185,7 @@ class Enforcement:
         self.table.set_cidrs(self._cidrs.numbers)
         self.table.set_node_identities({name: self._nodes.numbers[name] for name in nodes})
         await self._sync_ipcache()
-        desired = await asyncio.to_thread(self._resolve, self._snapshot(), wanted.policies)
+        desired = await asyncio.to_thread(self._resolve, self._snapshot(), wanted.policies, wanted.host)
         rulesets = self._datapath.policy.rulesets_of(desired)
         specs = _specs(rulesets)
         if self._proxy_away:  # nothing waits for it: what has no listener is dropped
@@ -235,16 +238,21 @@ class Enforcement:
             (EndpointId(one.id), one.label_set, frozenset(one.named_ports)) for one in self._endpoints if one.identity
         ]
 
-    def _resolve(self, endpoints: Snapshot, policies: Mapping[Key, PolicyObject]) -> Desired:
+    def _resolve(
+        self, endpoints: Snapshot, policies: Mapping[Key, PolicyObject], host: Mapping[str, str]
+    ) -> dict[EndpointId, Pair]:
+        """Return what each endpoint and the node itself (its labels are ``host``) are to have under these policies."""
         known = {one.key: one for one in self.engine.objects()}
         _tell(known, policies, self.engine.set_object, self.engine.remove_object)
         self.engine.retain(labels for _, labels, _ in endpoints)
-        return {endpoint: self.engine.resolve(labels, ports) for endpoint, labels, ports in endpoints}
+        images = {endpoint: self.engine.resolve(labels, ports) for endpoint, labels, ports in endpoints}
+        return images | {HOST_ENDPOINT: self.engine.resolve_host(host_labels(host))}
 
     async def _apply(self, outcome: Pass) -> None:
         """Enforce the policies in force for the identities of now."""
         objects = {one.key: one for one in self.engine.objects()}
-        await self._write(outcome, await asyncio.to_thread(self._resolve, self._snapshot(), objects))
+        host = self._known.host
+        await self._write(outcome, await asyncio.to_thread(self._resolve, self._snapshot(), objects, host))
 
     async def _write(self, outcome: Pass, desired: Desired) -> None:
         index = self.engine.identities
@@ -254,6 +262,7 @@ class Enforcement:
             known = list(index.rows)
         report: PolicyReport = await asyncio.to_thread(self._datapath.apply_policy, desired, known, complete=True)
         self._version = version
+        self.host = desired.get(HOST_ENDPOINT, (None, None))
         outcome.epoch, outcome.rows_written = report.epoch, outcome.rows_written + report.rows_written
         outcome.problems += [str(alarm) for alarm in report.alarms if str(alarm) not in outcome.problems]
         if report.identities_over:

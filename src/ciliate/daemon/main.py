@@ -4,9 +4,11 @@ import asyncio
 import contextlib
 import signal
 import sys
+from functools import partial
 
 import structlog
 
+from ciliate.daemon import documents
 from ciliate.daemon.agent import Agent
 from ciliate.daemon.api import Unknown, application
 from ciliate.daemon.config import AgentConfig, ConfigError, arguments
@@ -72,7 +74,7 @@ def _application(agent: Agent):  # type: ignore[no-untyped-def]
     def endpoint(wanted: str) -> object:
         for one in agent.endpoints:
             if wanted in (str(one.id), one.pod, one.container_id):
-                return agent.endpoint_document(one)
+                return documents.endpoint_document(agent, one)
         raise Unknown(f"no endpoint {wanted}: give an id, NAMESPACE/POD or a container id")
 
     def table(name: str, limit: int) -> object:
@@ -83,11 +85,11 @@ def _application(agent: Agent):  # type: ignore[no-untyped-def]
     return application(
         health=agent.health,
         answers={
-            "status": agent.status,
-            "endpoints": agent.endpoint_documents,
-            "identities": agent.identity_documents,
+            "status": partial(documents.status, agent),
+            "endpoints": partial(documents.endpoint_documents, agent),
+            "identities": partial(documents.identity_documents, agent),
             "policies": agent.policies,
-            "nodes": agent.node_documents,
+            "nodes": partial(documents.node_documents, agent),
             "ipcache": lambda: table_rows(agent, "ipcache", 1 << 20),
         },
         endpoint=endpoint,

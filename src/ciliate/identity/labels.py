@@ -99,6 +99,11 @@ def node_labels(labels: Mapping[str, str]) -> Labels:
     return frozenset({"reserved:remote-node", *(f"node:{key}={value}" for key, value in labels.items())})
 
 
+def host_labels(labels: Mapping[str, str]) -> Labels:
+    """Return the labels of this node's own endpoint, which node policies select: those of its Node object are k8s."""
+    return frozenset({"reserved:host", *(k8s(key, value) for key, value in labels.items())})
+
+
 def split(label: str) -> tuple[str, str, str]:
     """Return (source, key, value) of a label."""
     source, _, rest = label.partition(":")
