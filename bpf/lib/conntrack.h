@@ -32,7 +32,7 @@ static __always_inline bool ct_key_set(struct ct_key *key, const union addr *x, 
 	key->bport = lower ? yport : xport;
 	key->protocol = protocol;
 	key->leg = leg;
-	key->echo_b = 0;
+	key->echo = 0;
 	key->pad = 0;
 	return !lower;
 }
@@ -41,7 +41,7 @@ static __always_inline bool ct_key_set(struct ct_key *key, const union addr *x, 
 static __always_inline void ct_key_echo(struct ct_key *key, __u8 family, __u8 type, bool from_b)
 {
 	if (key->protocol == (family == 4 ? IPPROTO_ICMP : PROTO_ICMPV6) && icmp_is_echo(family, type))
-		key->echo_b = (type == ICMP_ECHO || type == ICMPV6_ECHO_REQUEST) ? from_b : !from_b;
+		key->echo = from_b == (type == ICMP_ECHO || type == ICMPV6_ECHO_REQUEST) ? 2 : 1;
 }
 
 /* Whether the row still speaks for these ends: not expired, not a former owner's. */

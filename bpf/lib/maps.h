@@ -243,8 +243,8 @@ struct ct_key {
 	__be16 aport;
 	__be16 bport;
 	__u8 protocol;
-	__u8 leg; /* enum ct_leg */
-	__u8 echo_b; /* ICMP echo: end b asks; two ends that ask each other have a row each, whatever identifiers they use */
+	__u8 leg;  /* enum ct_leg */
+	__u8 echo; /* ICMP echo: 1: end a asks, 2: end b does. Two ends that ask each other have a row each. */
 	__u8 pad;
 };
 

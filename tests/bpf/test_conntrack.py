@@ -101,6 +101,7 @@ def test_an_echo_request_is_no_answer_to_one_of_the_other_end(node: Rig, family:
         return node.run("from_pod", f"pod{pod}", packet).retval
 
     assert send(2, two, three) == REDIRECT
+    node.changed()
     assert send(3, three, two) == SHOT
     node.refused("POLICY_DENIED", EGRESS)
     assert send(3, three, two, reply=True) == REDIRECT
@@ -113,6 +114,7 @@ def test_icmp_types_are_connections_of_their_own(node: Rig) -> None:
     node.apply(CLOSED_BOTH_WAYS)
     two, three = pod_address(2, 4), pod_address(3, 4)
     assert node.run("from_pod", "pod2", node.from_pod(2, echo(two, three, 13))).retval == REDIRECT
+    node.changed()
     for kind in (13, 15, 17):
         packet = ip(two, three) / ICMP(type=kind, id=13) / Raw(bytes(12))
         assert node.run("from_pod", "pod2", node.from_pod(2, packet)).retval == SHOT
