@@ -4,6 +4,7 @@ import copy
 import time
 from typing import Any
 
+import jsonschema
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -146,7 +147,6 @@ def test_anything_is_parsed_or_refused(document: Any) -> None:
 @given(document=documents())
 def test_the_schema_takes_what_the_parser_takes(document: dict[str, Any]) -> None:
     """But for plain addresses and protocols in lower case, which Cilium's agent takes and its schema does not."""
-    jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
     if outcome(document, strict=True) is not None and document["kind"].startswith("Cilium"):
         # Kubernetes drops fields that are null and optional before it looks at the schema.
         pruned = _without_nulls(document)

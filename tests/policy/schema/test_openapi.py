@@ -5,6 +5,7 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import re2
 import yaml
@@ -12,7 +13,6 @@ import yaml
 from ciliate.policy.parse import parse_cidr_group, parse_object
 from ciliate.policy.schema.openapi import RESOURCES, definition, files
 
-jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed: the CRDs are not checked")
 ROOT = Path(__file__).resolve().parents[3]
 GOLDEN = Path(__file__).parent.parent / "golden"
 FORMATS = jsonschema.FormatChecker(formats=())
