@@ -274,6 +274,8 @@ def test_equal_policies_share_rows(btf: Btf) -> None:
     assert kernel.sizes()["policies"] == 2
     assert kernel.sizes()["policy_rows"] == 1
     assert kernel.sizes()["policy_classes"] == 2
+    (rule,) = WEB[0].rules
+    assert kernel.policy.rows_of_policies() == {(rule.kind, rule.namespace, rule.name): 1}
 
 
 def test_one_more_identity_is_one_row(btf: Btf) -> None:

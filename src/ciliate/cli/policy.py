@@ -49,9 +49,13 @@ def policy_list(
     cluster: ClusterOption = None,
     socket: SocketOption = None,
 ) -> None:
-    """List policies, and whether this node enforces them."""
+    """List policies: valid or not, on how many nodes they are enforced, in how many rows of this node's maps."""
     rows = agent(socket, node, cluster).get("policies")
-    emit_rows(rows, output, ("kind", "namespace", "name", "state", "message"))
+    if output is not Output.json:
+        for row in rows:
+            where = row.get("nodes") or {}
+            row["nodes"] = f"{where.get('enforced', '?')}/{where.get('total', '?')}"
+    emit_rows(rows, output, ("kind", "namespace", "name", "state", "nodes", "rows", "message"))
 
 
 @policy.command("get")

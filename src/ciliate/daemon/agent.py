@@ -18,7 +18,7 @@ from ciliate.daemon.ipcache import IpTable, NodeAddresses, PodAddress
 from ciliate.daemon.monitor import Decoder, Hub
 from ciliate.daemon.named_ports import NamedPortTable
 from ciliate.daemon.objects import ClusterObjects, Read
-from ciliate.daemon.policy_status import own_report, status_documents
+from ciliate.daemon.policy_status import Key, own_report, status_documents
 from ciliate.daemon.removals import Removals
 from ciliate.datapath.endpoints import EndpointId, EndpointRow
 from ciliate.datapath.exemptions import LEASES, api_servers
@@ -370,7 +370,7 @@ class Agent:
         return {
             "revision": outcome.revision,
             "epoch": outcome.epoch,
-            "objects": self._policies({self.config.node_name}),
+            "objects": self._policies({self.config.node_name}, {}),
             "problems": self.problems(),
             "elapsed_ms": round((time.perf_counter() - began) * 1000, 3),
         }
@@ -385,15 +385,16 @@ class Agent:
 
     def policies(self) -> list[dict[str, Any]]:
         """Return each policy's status in the cluster."""
-        return self._policies({*self.remote, self.config.node_name})
+        rows = self.datapath.policy.rows_of_policies()
+        return self._policies({*self.remote, self.config.node_name}, rows)
 
-    def _policies(self, nodes: set[str]) -> list[dict[str, Any]]:
+    def _policies(self, nodes: set[str], rows: Mapping[Key, int]) -> list[dict[str, Any]]:
         own = {self.config.node_name: own_report(self.cluster, self.enforcement.in_force)}
         return status_documents(
             self.cluster,
             self._reports | own,
             nodes,
-            {},
+            rows,
             self.enforcement.last.problems,
             self.enforcement.last.refused,
         )

@@ -479,6 +479,16 @@ class PolicyMaps:
         """Return the rules behind a rule id, the deciding one first."""
         return self._ids.explain(rule)
 
+    def rows_of_policies(self) -> dict[tuple[str, str, str], int]:
+        """Return how many rows each policy (kind, namespace, name) has a part in; garbage counts until it goes."""
+        values = [one.values["rule"] for one in list(self._classes.by_id.values())]
+        rules, counts = np.unique(np.concatenate([np.zeros(0, np.uint32), *values]), return_counts=True)
+        found: dict[tuple[str, str, str], int] = {}
+        for rule, count in zip(rules.tolist(), counts.tolist(), strict=True):
+            for key in {(ref.kind, ref.namespace, ref.name) for ref in self._ids.explain(rule)}:
+                found[key] = found.get(key, 0) + count
+        return found
+
     def usage(self) -> dict[str, tuple[int, int]]:
         """Return (rows used, rows that fit) of each map, garbage included."""
         return {
