@@ -203,6 +203,37 @@ async def test_other_nodes_have_identities_while_a_policy_names_them(bench: Benc
     assert [one.identity for one in bench.table.rows().values()] == [6]
 
 
+def numbered(number: int, port: int) -> Any:
+    document = {
+        "apiVersion": "cilium.io/v2",
+        "kind": "CiliumNetworkPolicy",
+        "metadata": {"name": f"p{number}"},
+        "spec": {
+            "endpointSelector": {"matchLabels": {"app": "server"}},
+            "ingress": [{"toPorts": [{"ports": [{"port": str(port + number), "protocol": "TCP"}]}]}],
+        },
+    }
+    return parse_object(document)
+
+
+async def test_many_changes_are_enforced_by_the_share_and_a_new_pod_waits_for_one_only(bench: Bench) -> None:
+    number = bench.set(*(numbered(one, 1000) for one in range(350)))
+    bench.work.begin()
+    await bench.enforced(number)
+    assert bench.kinds == ["sync", "policy"], "the first pass is whole"
+    bench.datapath.taken.clear()
+    changed = bench.set(*(numbered(one, 2000) for one in range(350)))
+    await bench.work.settled(changed)
+    assert bench.kinds.count("policy") == 1
+    assert not bench.work.done(changed)
+    await bench.enforced(changed)
+    images = [value[0][1][1] for what, value in bench.datapath.taken if what == "policy"]
+    ports = [{row.key.port for rows in image.defaults.values() for row in rows} for image in images]
+    moved = [sum(port >= 2000 for port in one) for one in ports]
+    assert moved == [100, 200, 300, 350]
+    assert all(len(one) == 350 for one in ports), "each state has every policy, old or new"
+
+
 async def test_a_failed_pass_is_repeated_and_loses_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     number = bench.set()
     bench.work.begin()

@@ -269,7 +269,7 @@ class Agent:
         self.endpoints.add(one)
         self._learn_addresses(one)
         await asyncio.to_thread(self.datapath.endpoints.upsert, self.row(one))
-        await self.enforcement.enforced(self.enforcement.request())
+        await self.enforcement.settled(self.enforcement.request())
         await asyncio.to_thread(self._publish, one)
 
     def _publish(self, one: LocalEndpoint) -> None:

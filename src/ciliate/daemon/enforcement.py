@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import structlog
 
@@ -36,6 +36,8 @@ from ciliate.proxy.api import HttpRuleSpec, RulesetSpec
 from ciliate.proxy.client import ProxyClient, ProxyRequestError, ProxyUnavailableError
 
 log = structlog.get_logger()
+_SHARE: Final = 100
+"""Policies that change in one pass, at most."""
 Key = tuple[str, str, str]
 K = TypeVar("K")
 V = TypeVar("V")
@@ -107,7 +109,11 @@ class Enforcement:
         self._refused: dict[int, str] = {}
         self._proxy_away = False
         self._retry: asyncio.TimerHandle | None = None
+        self._policies: Mapping[Key, PolicyObject] = {}
+        """What the engine has been told of policies."""
         self._asked = 0
+        self._begun = 0
+        """The newest request that a whole pass or a part of one has served: endpoints have the policies in force."""
         self._done = 0
         self._passes = 0
         self._wake = asyncio.Event()
@@ -116,7 +122,7 @@ class Enforcement:
     # ---- requests ---------------------------------------------------------------------------------------------
 
     def request(self) -> int:
-        """Ask for a pass; return a number for ``enforced``."""
+        """Ask for a pass; return a number for ``enforced`` and ``settled``."""
         self._asked += 1
         self._wake.set()
         return self._asked
@@ -124,8 +130,17 @@ class Enforcement:
     async def enforced(self, number: int) -> Pass:
         """Return the outcome once a pass that began after request ``number`` has ended."""
         async with self._passed:
-            await self._passed.wait_for(lambda: self._done >= number)
+            await self._passed.wait_for(lambda: self.done(number))
         return self.last
+
+    def done(self, number: int) -> bool:
+        """Whether a pass for request ``number`` has ended."""
+        return self._done >= number
+
+    async def settled(self, number: int) -> None:
+        """Return once endpoints have what is in force for them, though changes of other policies may be under way."""
+        async with self._passed:
+            await self._passed.wait_for(lambda: self._begun >= number)
 
     async def passed(self, after: int) -> int:
         """Return how many passes there have been, once there are more than ``after``."""
@@ -161,23 +176,46 @@ class Enforcement:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            number = self._asked
+            number, whole = self._asked, True
             try:
-                self.last = await self._pass(number)
+                self.last, whole = await self._pass(number)
             except (OSError, ValueError, RuntimeError) as error:
                 log.exception("enforcement-failed")
                 self.last = Pass(revision=number, problems=[f"the datapath refused a change: {error}"])
                 asyncio.get_running_loop().call_later(1, self._wake.set)
-            self._done = number
+            self._begun = number
+            if whole:
+                self._done = number
+            else:
+                self._wake.set()
             self._passes += 1
             async with self._passed:
                 self._passed.notify_all()
 
     # ---- a pass -----------------------------------------------------------------------------------------------
 
-    async def _pass(self, number: int) -> Pass:
+    def _share(self, wanted: Mapping[Key, PolicyObject]) -> tuple[Mapping[Key, PolicyObject], bool]:
+        """Return the policies of this pass, and whether they are all that are wanted.
+
+        Thousands that change at once are enforced by the share, so that a new pod waits for one share at most. The
+        first pass is whole: without a part of them, what a former agent enforced would be open for a moment.
+        """
+        known = self._policies
+        changed = [key for key in known.keys() | wanted.keys() if known.get(key) is not wanted.get(key)]
+        if not self._pruned or len(changed) <= _SHARE:
+            return wanted, True
+        share = dict(known)
+        for key in sorted(changed)[:_SHARE]:
+            share.pop(key, None)
+            if key in wanted:
+                share[key] = wanted[key]
+        return share, False
+
+    async def _pass(self, number: int) -> tuple[Pass, bool]:
+        """Return the outcome, and whether all that was wanted when it began is enforced now."""
         began = time.perf_counter()
-        wanted, outcome = self._wanted, Pass(revision=number)
+        policies, whole = self._share(self._wanted.policies)
+        wanted, outcome = replace(self._wanted, policies=policies), Pass(revision=number)
         nodes = wanted.nodes if names_nodes(wanted.policies.values()) else {}
         changes, self._changes = self._changes, []
         if await asyncio.to_thread(self._prepare, wanted, nodes, changes) and self._pruned:
@@ -186,6 +224,7 @@ class Enforcement:
         self.table.set_node_identities({name: self._nodes.numbers[name] for name in nodes})
         await self._sync_ipcache()
         desired = await asyncio.to_thread(self._resolve, self._snapshot(), wanted.policies, wanted.host)
+        self._policies = wanted.policies
         rulesets = self._datapath.policy.rulesets_of(desired)
         specs = _specs(rulesets)
         if self._proxy_away:  # nothing waits for it: what has no listener is dropped
@@ -201,7 +240,7 @@ class Enforcement:
         if not outcome.problems:
             self.in_force = {key: one for key, one in wanted.policies.items() if key not in outcome.refused}
         outcome.took = time.perf_counter() - began
-        return outcome
+        return outcome, whole
 
     def _refusals(self, rulesets: Mapping[int, RuleSet]) -> dict[Key, str]:
         """Return why policies are not served: nobody understands their rules, or the proxy refuses them."""
