@@ -89,8 +89,12 @@ class Agent:
                 self._process.wait()
             self._process = None
 
+    def connect(self) -> http.client.HTTPConnection:
+        """Return a connection to the agent's API, not open yet."""
+        return _UnixConnection(self._socket)
+
     def _request(self, method: str, path: str) -> Any:
-        connection = _UnixConnection(self._socket)
+        connection = self.connect()
         try:
             connection.request(method, path)
             return json.loads(connection.getresponse().read())

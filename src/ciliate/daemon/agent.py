@@ -1,6 +1,7 @@
 """The agent of one node: feeds what it learns into the enforcement worker, and answers for it."""
 
 import asyncio
+import gc
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -188,6 +189,7 @@ class Agent:
         self.enforcement.begin()
         await self.enforcement.enforced(self.enforcement.request())
         self.ready = True
+        gc.freeze()  # most of what is there now stays: walking it again and again takes tens of milliseconds
         self._housekeeping.set()
         await asyncio.to_thread(self._install_cni)
         log.info("ready", seconds=round(time.monotonic() - self.started, 3), endpoints=len(self.endpoints))
