@@ -41,6 +41,13 @@ def test_a_drop_names_who_imposed_default_deny():
     assert "\033[31m" in text_line(DENIED, colour=True)
 
 
+def test_a_policys_log_text_is_shown():
+    allowed = text_line(EVENT | {"rules": [RULE | {"log": "audit"}]}, colour=False)
+    assert allowed.endswith('CiliumNetworkPolicy default/api ingress[0] "audit"')
+    denied = text_line(DENIED | {"rules": [RULE | {"section": "default", "index": -1, "log": "a"}]}, colour=False)
+    assert denied.endswith('default deny by CiliumNetworkPolicy default/api "a"')
+
+
 def test_an_explicit_deny_names_the_rule():
     event = DENIED | {"reason": "POLICY_DENY", "rules": [RULE | {"section": "ingressDeny", "index": 2}]}
     assert text_line(event, colour=False).endswith("POLICY_DENY: CiliumNetworkPolicy default/api ingressDeny[2]")

@@ -49,13 +49,14 @@ def _end(end: Event) -> str:
 
 
 def rule_text(rule: Event) -> str:
-    """Return how a rule is named: ``CiliumNetworkPolicy default/api ingress[0]``."""
+    """Return how a rule is named: ``CiliumNetworkPolicy default/api ingress[0]``, with the log text of its policy."""
     name = "/".join(str(rule[key]) for key in ("namespace", "name") if rule.get(key))
     index = rule.get("index", -1)
     section = str(rule.get("section") or "")
     if section and isinstance(index, int) and index >= 0:
         section = f"{section}[{index}]"
-    return " ".join(part for part in (str(rule.get("kind") or ""), name, section) if part)
+    log = json.dumps(rule["log"]) if rule.get("log") else ""
+    return " ".join(part for part in (str(rule.get("kind") or ""), name, section, log) if part)
 
 
 def reason_text(event: Event) -> str:
@@ -66,7 +67,7 @@ def reason_text(event: Event) -> str:
         rules.append(str(event["rule_text"]))
     if verdict_class(event) in ("allowed", "redirected"):
         return ", ".join(rules) or ("no policy selects it" if event.get("type") == "verdict" else reason)
-    by = ", ".join(rule.removesuffix(" default") for rule in rules)
+    by = ", ".join(rule.replace(' default "', ' "').removesuffix(" default") for rule in rules)
     if reason == "POLICY_DENIED" and by:
         return f"{reason}: default deny by {by}"
     return f"{reason}: {by}" if reason and by else reason or by

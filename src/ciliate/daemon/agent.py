@@ -138,6 +138,7 @@ class Agent:
             reasons=self.datapath.drop_reasons(),
             explain=self.datapath.policy.explain,
             ruleset=self.datapath.policy.refs_of,
+            policies=self.cluster.policies,
             endpoints=self.endpoints,
             table=self.table,
             identities=self.engine.identities,

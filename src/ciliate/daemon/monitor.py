@@ -16,6 +16,7 @@ from ciliate.datapath.maps import addr_text
 from ciliate.identity.numbers import IdentityId
 from ciliate.identity.selectors import IdentityIndex
 from ciliate.policy.image import RuleRef
+from ciliate.policy.rules import PolicyObject
 from ciliate.proxy.api import AccessLogEntry
 
 PROTOCOLS: Final[Mapping[int, str]] = {1: "ICMP", 6: "TCP", 17: "UDP", 58: "ICMPv6", 132: "SCTP"}
@@ -79,6 +80,7 @@ class Decoder:
         reasons: Mapping[int, str],
         explain: Callable[[int], tuple[RuleRef, ...]],
         ruleset: Callable[[int], tuple[RuleRef, ...]],
+        policies: Mapping[tuple[str, str, str], PolicyObject],
         endpoints: EndpointTable,
         table: IpTable,
         identities: IdentityIndex,
@@ -87,6 +89,7 @@ class Decoder:
         self._reasons = reasons
         self._explain = explain
         self._ruleset = ruleset
+        self._policies = policies
         self._endpoints = endpoints
         self._table = table
         self._identities = identities
@@ -118,7 +121,7 @@ class Decoder:
             "state": _STATES[int(record["ct_state"]) & 3],
             "source": self._end(record, 0, 0 if icmp else int(record["sport"])),
             "destination": self._end(record, 1, 0 if icmp else int(record["dport"])),
-            "rules": [_rule(one) for one in (denying if verdict == "DENIED" else (*egress, *ingress))],
+            "rules": [self._rule(one) for one in (denying if verdict == "DENIED" else (*egress, *ingress))],
             "length": int(record["length"]),
             "packets": int(record["packets"]),
             "bytes": int(record["bytes"]),
@@ -163,7 +166,7 @@ class Decoder:
             "reason": "NO_HTTP_RULE" if entry.verdict == "denied" else entry.detail,
             "direction": "egress" if asked and asked[0].section.startswith("egress") else "ingress",
             "protocol": "TCP",
-            "rules": [_rule(one) for one in rules],
+            "rules": [self._rule(one) for one in rules],
             "rule_text": "" if rules else entry.rule,
             "http": {
                 "method": entry.method,
@@ -174,6 +177,19 @@ class Decoder:
             },
             "latency_ms": entry.latency_ms,
             **ends,
+        }
+
+    def _rule(self, ref: RuleRef) -> dict[str, Any]:
+        """A rule, with the labels of its policy and the text that it asks to have in the log (``log.value``)."""
+        policy = self._policies.get((ref.kind, ref.namespace, ref.name))
+        return {
+            "kind": ref.kind,
+            "namespace": ref.namespace,
+            "name": ref.name,
+            "section": ref.section,
+            "index": ref.index,
+            "labels": sorted(policy.labels) if policy else [],
+            "log": policy.log if policy else "",
         }
 
     def _identity_of(self, address: str) -> int:
@@ -191,13 +207,3 @@ def rule_text(ref: RuleRef) -> str:
 
 def _time(nanoseconds: int) -> str:
     return datetime.fromtimestamp(nanoseconds / 1e9, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-
-
-def _rule(ref: RuleRef) -> dict[str, Any]:
-    return {
-        "kind": ref.kind,
-        "namespace": ref.namespace,
-        "name": ref.name,
-        "section": ref.section,
-        "index": ref.index,
-    }
