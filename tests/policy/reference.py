@@ -248,11 +248,12 @@ def meets_service(one: Mapping[str, Any], peer: Thing, setting: Setting, namespa
         if "k8sService" in one:
             wanted = one["k8sService"]
             meant = metadata["name"] == wanted["serviceName"]
+            space = wanted.get("namespace") or namespace
         else:
             wanted = one["k8sServiceSelector"]
             have = {("k8s", key): value for key, value in metadata.get("labels", {}).items()}
             meant = matches(wanted["selector"], Thing(identity=0, labels=have), "any", "")
-        space = wanted.get("namespace") or namespace
+            space = wanted.get("namespace")  # none: Services of any namespace
         if not meant or (space and metadata["namespace"] != space):
             continue
         selector = service["spec"].get("selector")

@@ -16,7 +16,9 @@ Four kinds of object say who may talk to whom: `NetworkPolicy` (`networking.k8s.
 `ClusterNetworkPolicy` (`policy.networking.k8s.io/v1alpha2`). A `CiliumCIDRGroup` names addresses for them. What they
 mean together: [policy](../explanation/policy.md).
 
-Every field is either enforced or refused with its reason; nothing is ignored. In files and on the command line an
+Every field is enforced, or refused with its reason, or fails closed; nothing is ignored. What fails closed today: traffic
+that DNS, Kafka and TLS rules, `headerMatches` or listeners are about is dropped, since nobody serves them yet, and the
+policy's status says so; `toFQDNs` is about nobody until names are learned. In files and on the command line an
 unknown field is an error, in an object of the Kubernetes API it is a warning in its status. `ciliate policy validate
 -f FILE` checks files without a cluster. The tables say what each field is and what limits it has; `!` marks what must
 be set. The schemas in `install/crds` come from the same declarations.
@@ -30,6 +32,7 @@ Where Ciliate is stricter than Cilium, on purpose:
 - `http: []` and `dns: []` allow no request; Cilium takes them as if there were no rules, and lets everything through.
 - An entry of `toServices` with a Service and a selector, an `endPort` less than its port, and an ICMP type over 255
   are refused.
+- `k8sService` without a namespace is a Service of the policy's own; Cilium takes one of that name in any namespace.
 - `serverNames`, TLS and listeners need TCP; with protocol `ANY` they are about TCP alone. They are not for nodes.
 
 Empty things: `ingress: [{}]` denies by default and allows nothing; `ingress: []` alone is refused; an empty list of
