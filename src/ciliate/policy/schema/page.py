@@ -16,9 +16,9 @@ Four kinds of object say who may talk to whom: `NetworkPolicy` (`networking.k8s.
 `ClusterNetworkPolicy` (`policy.networking.k8s.io/v1alpha2`). A `CiliumCIDRGroup` names addresses for them. What they
 mean together: [policy](../explanation/policy.md).
 
-Every field is enforced, or refused with its reason, or fails closed; nothing is ignored. What fails closed today: traffic
-that DNS, Kafka and TLS rules, `headerMatches` or listeners are about is dropped, since nobody serves them yet, and the
-policy's status says so; `toFQDNs` is about nobody until names are learned. In files and on the command line an
+Every field is enforced, or refused with its reason, or fails closed; nothing is ignored. What fails closed today:
+traffic that DNS, Kafka and TLS rules, `headerMatches` or listeners are about is dropped, since nobody serves them yet,
+and the policy's status says so; `toFQDNs` is about nobody until names are learned. In files and on the command line an
 unknown field is an error, in an object of the Kubernetes API it is a warning in its status. `ciliate policy validate
 -f FILE` checks files without a cluster. The tables say what each field is and what limits it has; `!` marks what must
 be set. The schemas in `install/crds` come from the same declarations.
