@@ -18,6 +18,8 @@ from ciliate.daemon.wiring import AgentWiring
 from ciliate.unixserver import listen, serve
 
 log = structlog.get_logger()
+_SWITCH = 0.001
+"""Seconds for which a thread that compiles may keep the loop waiting: an answer takes many turns."""
 
 
 def main() -> None:
@@ -31,6 +33,7 @@ def main() -> None:
         ],
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
     )
+    sys.setswitchinterval(_SWITCH)
     try:
         config = arguments()
     except ConfigError as error:
