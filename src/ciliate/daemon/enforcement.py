@@ -36,7 +36,7 @@ from ciliate.proxy.api import HttpRuleSpec, RulesetSpec
 from ciliate.proxy.client import ProxyClient, ProxyRequestError, ProxyUnavailableError
 
 log = structlog.get_logger()
-_SHARE: Final = 50
+_SHARE: Final = 25
 """Policies that change in one pass, at most."""
 Key = tuple[str, str, str]
 K = TypeVar("K")
