@@ -165,6 +165,7 @@ def test_the_monitor_tells_method_path_code_and_rule(web: Web) -> None:
         finally:
             monitor.kill()
     rule = {"kind": "CiliumNetworkPolicy", "namespace": "default", "name": "web", "section": "ingress", "index": 0}
+    rule |= {"labels": [], "log": ""}
     for method, code, verdict in (("GET", 200, "HTTP_ALLOWED"), ("POST", 403, "HTTP_DENIED")):
         event = found[method]
         assert event["http"] | {"method": method, "path": USERS, "code": code} == event["http"]

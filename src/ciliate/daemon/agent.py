@@ -82,6 +82,7 @@ class Agent:
         self.remote: dict[str, Node] = {}
         """The nodes that the kvstore names, by name."""
         self._reports: dict[str, Report] = {}
+        self._told: Report | None = None
         self._housekeeping = asyncio.Event()
 
     # ---- life -------------------------------------------------------------------------------------------------
@@ -370,6 +371,7 @@ class Agent:
         """Read the manifests and answer when this node enforces them."""
         began = time.perf_counter()
         outcome = await self.enforcement.enforced(await self.scan())
+        await self._tell()
         return {
             "revision": outcome.revision,
             "epoch": outcome.epoch,
@@ -413,18 +415,20 @@ class Agent:
                 else:
                     self._reports[node] = report
 
+    async def _tell(self) -> None:
+        report = own_report(self.cluster, self.enforcement.in_force)
+        if report != self._told:
+            await asyncio.to_thread(self.reports.publish, self.config.node_name, report)
+            self._told = report
+
     async def _report(self) -> None:
         """Tell the other nodes, after each pass, which policies are enforced here."""
-        told: Report | None = None
         passes = 0
         while True:
             passes = await self.enforcement.passed(passes)
             if self.guard is not None:
                 self.guard.changed(self.enforcement.host if any(self.enforcement.host) else None)
-            report = own_report(self.cluster, self.enforcement.in_force)
-            if report != told:
-                await asyncio.to_thread(self.reports.publish, self.config.node_name, report)
-                told = report
+            await self._tell()
 
     async def _follow_manifests(self) -> None:
         await self.scan()
