@@ -83,6 +83,7 @@ class Agent:
         """The nodes that the kvstore names, by name."""
         self._reports: dict[str, Report] = {}
         self._told: Report | None = None
+        self._orphaned: set[IdentityId] = set()
         self._housekeeping = asyncio.Event()
 
     # ---- life -------------------------------------------------------------------------------------------------
@@ -298,6 +299,7 @@ class Agent:
             self.ports.remove(address)
         self.ipam.release(one.owner)
         self.endpoints.remove(one)
+        self._forget_orphans()
         self.enforcement.request()
         self._housekeeping.set()
 
@@ -443,11 +445,20 @@ class Agent:
         async for batch in self.identities.watch():
             for number, labels in batch.items():
                 if labels is not None:
+                    self._orphaned.discard(number)
                     self.enforcement.learn_identity(number, labels)
-                elif not any(one.identity == number for one in self.endpoints):
-                    self.enforcement.forget_identity(number)
+                else:
+                    self._orphaned.add(number)
+            self._forget_orphans()
             self.enforcement.request()
             await self._reported("identities")
+
+    def _forget_orphans(self) -> None:
+        """Forget identities that the store has no more, once no endpoint here is on its way out with one of them."""
+        used = {one.identity for one in self.endpoints}
+        for number in [one for one in self._orphaned if one not in used]:
+            self._orphaned.discard(number)
+            self.enforcement.forget_identity(number)
 
     async def _follow_addresses(self) -> None:
         async for batch in self.addresses.watch():
