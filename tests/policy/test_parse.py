@@ -9,7 +9,7 @@ from ciliate.identity.numbers import IdentityId, Reserved
 from ciliate.policy.engine import PolicyEngine
 from ciliate.policy.image import Direction
 from ciliate.policy.l7 import HttpRule
-from ciliate.policy.parse import parse_cidr_group, parse_object, required_networks
+from ciliate.policy.parse import parse_cidr_group, parse_object
 from ciliate.policy.rules import CidrGroup, PolicyError
 from tests.policy.documents import cilium, clusterwide, native, tiered
 
@@ -206,7 +206,7 @@ def test_a_cidr_group_is_refused(document: dict[str, Any], message: str) -> None
 def test_the_networks_that_need_an_identity() -> None:
     sets = [{"cidr": "10.0.0.0/8", "except": ["10.1.0.0/16"]}, {"cidr": "0.0.0.0/0", "except": ["192.0.2.0/24"]}]
     policy = parse_object(cilium(egress=[{"toCIDRSet": sets}, {"toCIDR": ["2001:db8::1"]}]))
-    assert {str(network) for network in required_networks([policy])} == {
+    assert {str(network) for network in PolicyEngine().required_networks([policy])} == {
         "10.0.0.0/8", "10.1.0.0/16", "192.0.2.0/24", "2001:db8::1/128",
     }  # fmt: skip
 
@@ -260,7 +260,9 @@ def test_equal_endpoints_share_an_image_until_something_changes() -> None:
     assert engine.resolve(pod | {"k8s:tier=1"})[1] is first
     engine.identities.add(
         IdentityId((1 << 24) + 1),
-        cidr_labels(next(iter(required_networks([parse_object(cilium(egress=[{"toCIDR": ["10.0.0.0/8"]}]))])))),
+        cidr_labels(
+            next(iter(PolicyEngine().required_networks([parse_object(cilium(egress=[{"toCIDR": ["10.0.0.0/8"]}]))])))
+        ),
     )
     assert engine.resolve(pod)[1] == first
     engine.remove_object(("CiliumNetworkPolicy", "default", "p"))

@@ -1,16 +1,16 @@
 """Kubernetes documents to policies. Whatever is not understood is an error: a rule is never ignored."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
-from ciliate.identity.labels import Labels, Network
+from ciliate.identity.labels import Labels
 from ciliate.policy.document import At, Reading, shown
 from ciliate.policy.parse_cilium import cidr_group, cilium_policy
 from ciliate.policy.parse_common import Owner
 from ciliate.policy.parse_native import network_policy
 from ciliate.policy.parse_tiered import tiered_policy
-from ciliate.policy.rules import CidrGroup, CidrPeer, PolicyError, PolicyObject, Subject
+from ciliate.policy.rules import CidrGroup, PolicyError, PolicyObject, Subject
 from ciliate.policy.schema.check import check
 from ciliate.policy.schema.cilium import CIDR_GROUP, NETWORK_POLICY
 from ciliate.policy.schema.common import DNS_LABEL, DNS_SUBDOMAIN
@@ -69,18 +69,6 @@ def parse_cidr_group(document: Mapping[str, Any], *, source: str = "", strict: b
     """Return what a CiliumCIDRGroup says. Error: PolicyError."""
     root, owner = _open(document, {CIDR_GROUP_KIND: CIDR_GROUP_VERSIONS[0]}, source, strict=strict)
     return cidr_group(root, owner.name)
-
-
-def required_networks(objects: Iterable[PolicyObject]) -> set[Network]:
-    """Return every CIDR, and every exception, that needs an identity: /0 is the world, which has one."""
-    found: set[Network] = set()
-    for one in objects:
-        for subject in one.subjects:
-            for rule in subject.rules:
-                for peer in rule.peers or ():
-                    if isinstance(peer, CidrPeer):
-                        found |= {network for network in (peer.network, *peer.excepts) if network.prefixlen}
-    return found
 
 
 def _open(document: Any, kinds: Mapping[str, str], source: str, *, strict: bool) -> tuple[At, Owner]:
