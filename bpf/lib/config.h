@@ -24,6 +24,11 @@ CONFIG(union addr, gateway_v4, "the pods' link-local IPv4 gateway (mapped), answ
 CONFIG(union addr, gateway_v6, "the pods' link-local IPv6 gateway, answered by neighbour discovery");
 CONFIG(__u16, nat_port_min, "first source port for masquerading, host byte order");
 CONFIG(__u16, nat_port_max, "last source port for masquerading, host byte order");
+CONFIG(__u64, host_netns, "cookie of the node's own network namespace: whose sockets are the host's");
+CONFIG(bool, socket_pods, "sockets of pods are given their backend when they connect; else their packets are");
+CONFIG(__u16, node_port_min, "first node port, host byte order");
+CONFIG(__u16, node_port_max, "last node port, host byte order; 0: there are none");
+CONFIG(__u32, maglev_size, "positions of a Maglev table, a prime");
 CONFIG(__u32, underlay_mtu, "MTU of the underlay, octets of IP packet");
 CONFIG(__u32, tunnel_mtu, "largest inner IP packet that fits the overlay, octets");
 

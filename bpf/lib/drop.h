@@ -15,6 +15,7 @@ enum drop_reason {
 	DROP_TUNNEL_KEY = 147,     /* tunnel metadata could not be read or set */
 	DROP_CT_CREATE_FAILED = 155,
 	DROP_EXT_HEADERS = 156, /* more IPv6 extension headers than are walked, or a bad one */
+	DROP_NO_SERVICE = 158,  /* a frontend without a backend here, or a port that its address does not have */
 	DROP_NO_TUNNEL_ENDPOINT = 160,
 	DROP_NO_POLICY = 165,        /* the endpoint's policy has no row yet: fail closed */
 	DROP_NAT_NO_MAPPING = 167,   /* no port to this destination is free, or no connection behind the port */
@@ -23,6 +24,7 @@ enum drop_reason {
 	DROP_INVALID_VNI = 171,      /* the identity in the tunnel header may not come from there */
 	DROP_UNKNOWN_NODE = 172,     /* tunnelled packet from an address that is no node's */
 	DROP_FRAG_NOT_FOUND = 175,   /* a later fragment whose first one was not seen */
+	DROP_NOT_IN_SRC_RANGE = 177, /* the client is in none of the service's loadBalancerSourceRanges */
 	DROP_POLICY_DENY = 181,      /* a deny rule matched */
 	DROP_PROXY_NOT_FOUND = 220,  /* policy sends it to the proxy, which does not listen: fail closed */
 	DROP_TOO_BIG = 221,          /* over the MTU; the sender was told where that is possible */

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* Every map of the datapath and the layout of its rows.
+/* Every map of the datapath and the layout of its rows; those of services are in service_maps.h.
  *
- * This file is the only place where a layout is defined: Python reads sizes, offsets and names from the object's
+ * These two files are the only place where a layout is defined: Python reads sizes, offsets and names from the object's
  * BTF. All maps are pinned by name below the agent's bpffs and outlive it. A change of a layout raises
  * SCHEMA_VERSION (see docs/adr/0005-pins-and-upgrades.md).
  */
@@ -9,6 +9,7 @@
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>
 #include "addr.h"
+#include "service_maps.h"
 
 #define SCHEMA_VERSION 1
 
@@ -257,7 +258,8 @@ enum ct_flag {
 	CT_PROXIED = 1 << 5, /* leg to the proxy: the server's side of it is the proxy's socket */
 	CT_DENIED = 1 << 6,  /* was allowed, a newer policy denies: both directions are dropped */
 	CT_TUNNEL = 1 << 7,  /* came in by the overlay: replies go back that way, also to nodes */
-	CT_NAT = 1 << 8,     /* masqueraded on its way out */
+	CT_SERVICE = 1 << 8, /* the originator asked a frontend: `translations` has which */
+	CT_DSR = 1 << 9,     /* came from the node that was asked; the answers go to the client straight */
 };
 
 struct ct_entry {
@@ -370,7 +372,8 @@ struct {
 enum event_type {
 	EVENT_VERDICT = 1, /* a policy decision on a connection's first packet, or a decision made anew */
 	EVENT_DROP = 2,
-	EVENT_END = 3, /* a connection ended (FIN both ways or RST): packets and bytes are its totals */
+	EVENT_END = 3,    /* a connection ended (FIN both ways or RST): packets and bytes are its totals */
+	EVENT_SOCKET = 4, /* a socket was given a backend; its source is not known yet */
 };
 
 enum event_verdict { VERDICT_DROPPED = 0, VERDICT_FORWARDED = 1, VERDICT_REDIRECTED = 2, VERDICT_AUDIT = 3 };
@@ -404,11 +407,14 @@ struct event {
 	__u32 endpoint[2];   /* ids of the local ends, 0: not here */
 	__u32 rule[DIR_MAX]; /* rule ids that decided egress and ingress, 0: not asked */
 	__u32 l7;
-	__u32 ifindex; /* of the hook */
-	__u32 length;  /* octets of this packet, from the network header */
-	__u64 packets; /* EVENT_END: totals of both directions */
-	__u64 bytes;
-	__u64 spare[3];
+	__u32 ifindex;       /* of the hook */
+	__u32 length;        /* octets of this packet, from the network header */
+	__u64 packets;       /* EVENT_END: totals of both directions; EVENT_SOCKET: the socket's cookie */
+	__u64 bytes;         /* EVENT_SOCKET: the cookie of its network namespace */
+	union addr frontend; /* that the client asked for, zero: none; the connection's destination is the backend */
+	__be16 frontend_port;
+	__u16 pad;
+	__u32 service; /* number */
 };
 _Static_assert(sizeof(struct event) == 128, "struct event is two cache lines");
 

@@ -10,6 +10,7 @@ SMALL = ("ct", "ct_new", "nat", "fragments", "events")
 NUMBERS = {
     "cluster_id": 0, "tunnel_ifindex": 3, "tunnel_port": 8472, "host_ifindex": 2, "native_ifindex": 4,
     "nat_port_min": 50000, "nat_port_max": 65535, "underlay_mtu": 1500, "tunnel_mtu": 1450,
+    "host_netns": 1, "node_port_min": 30000, "node_port_max": 32767, "maglev_size": 16381,
 }  # fmt: skip
 ADDRESSES = {
     "node_v4": "192.0.2.1", "node_v6": "2001:db8::1", "gateway_v4": "169.254.0.1", "gateway_v6": "fe80::c111",
@@ -24,10 +25,10 @@ def flags() -> list[str]:
 
 def test_flags_are_those_the_test_turns() -> None:
     """So that a new one is not forgotten in the emulated machine's part (tests/vm)."""
-    assert flags() == ["ipv4", "ipv6", "masquerade", "tunnel"]
+    assert flags() == ["ipv4", "ipv6", "masquerade", "socket_pods", "tunnel"]
 
 
-@pytest.mark.parametrize("values", list(product([False, True], repeat=4)), ids=lambda v: "".join("01"[b] for b in v))
+@pytest.mark.parametrize("values", list(product([False, True], repeat=5)), ids=lambda v: "".join("01"[b] for b in v))
 def test_programs_load_with_any_flags(values: tuple[bool, ...]) -> None:
     with BpfObject() as obj:
         obj.set_config({**NUMBERS, **ADDRESSES, **dict(zip(flags(), values, strict=True))}, complete=True)

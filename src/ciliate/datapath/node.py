@@ -7,6 +7,8 @@ and BPF calls, no network); the ``async`` ones run in a worker thread.
 
 import asyncio
 import os
+import socket
+import sys
 import threading
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -37,6 +39,8 @@ from ciliate.datapath.rule_ids import RuleIds
 SCHEMA: Final = "v1"
 """The layouts' version, SCHEMA_VERSION in bpf/lib/maps.h; part of the pins' path."""
 DEFAULT_NAT_PORTS: Final = (50000, 65535)
+_SO_NETNS_COOKIE: Final = 71
+"""include/uapi/asm-generic/socket.h."""
 _NOT_COPIED: Final = frozenset({"events", "events_lost", "counters"})
 
 
@@ -61,12 +65,22 @@ class DatapathConfig:
     gateway_v4: IPv4Address = devices.GATEWAY_V4
     gateway_v6: IPv6Address = devices.GATEWAY_V6
     nat_ports: tuple[int, int] = DEFAULT_NAT_PORTS
+    socket_pods: bool = True
+    """Pods' sockets are given their backend when they connect; else their packets are."""
+    node_ports: tuple[int, int] = (30000, 32767)
+    maglev_size: int = 16381
     force_clsact: bool = False
     max_entries: Mapping[str, int] = field(default_factory=dict)
     """Sizes of maps that shall differ from the object's."""
     host_exemptions: tuple[Exemption, ...] = LEASES
     """Connections of the node that no node policy judges."""
     object_path: Path = OBJECT
+
+
+def netns_cookie() -> int:
+    """Return the kernel's number of the calling thread's network namespace."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        return int.from_bytes(any_socket.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8), sys.byteorder)
 
 
 class Datapath:
@@ -157,6 +171,11 @@ class Datapath:
             "gateway_v6": config.gateway_v6,
             "nat_port_min": config.nat_ports[0],
             "nat_port_max": config.nat_ports[1],
+            "host_netns": netns_cookie(),
+            "socket_pods": config.socket_pods,
+            "node_port_min": config.node_ports[0],
+            "node_port_max": config.node_ports[1],
+            "maglev_size": config.maglev_size,
             "underlay_mtu": found.native.mtu,
             "tunnel_mtu": found.native.mtu - self._overhead(),
         }
