@@ -15,6 +15,8 @@ CILIATE: Final = Path(sys.executable).with_name("ciliate")
 TRAFFIC: Final = Path(__file__).with_name("traffic.py")
 WORLD: Final = {4: "172.31.0.10", 6: "fd00:31::a"}
 """Addresses of the namespace that plays the world."""
+STRAYS: Final = "NO_ENDPOINT"
+"""Why packets may be dropped that no flow of the test sent: proxies knock for a while at pods that are long gone."""
 
 
 class Lab:

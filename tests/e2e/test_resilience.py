@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.e2e.lab import WORLD, Lab, pod, policy, wait_for
+from tests.e2e.lab import STRAYS, WORLD, Lab, pod, policy, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 CLIENTS_ONLY = policy("api", "api", ingress=[{"fromEndpoints": [{"matchLabels": {"app": "client"}}]}])
@@ -13,8 +13,8 @@ IN_USE = ("endpoints", "local_addrs", "ipcache", "identities", "policies", "poli
 
 
 def without_strays(drops: dict[str, int]) -> dict[str, int]:
-    """Leave out what other flows than the test's may add: denials, and proxies that still knock at pods long gone."""
-    return {reason: n for reason, n in drops.items() if not reason.startswith("POLICY_DEN") and reason != "NO_ENDPOINT"}
+    """Leave out what other flows than the test's may add, and denials."""
+    return {reason: n for reason, n in drops.items() if not reason.startswith("POLICY_DEN") and reason != STRAYS}
 
 
 @pytest.mark.parametrize("version", [4, 6])
