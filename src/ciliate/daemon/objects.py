@@ -14,19 +14,9 @@ import structlog
 from ciliate.daemon.lastvalid import LastValid
 from ciliate.identity.labels import Network, k8s
 from ciliate.k8s.manifests import ObjectKey
-from ciliate.k8s.objects import (
-    EndpointSlice,
-    Namespace,
-    NodeObject,
-    ObjectError,
-    Pod,
-    Service,
-    parse_endpoint_slice,
-    parse_namespace,
-    parse_node,
-    parse_pod,
-    parse_service,
-)
+from ciliate.k8s.objects import Namespace, NodeObject, ObjectError, Pod, parse_namespace, parse_node, parse_pod
+from ciliate.k8s.services import parse_endpoint_slice, parse_service
+from ciliate.loadbalancer.model import EndpointSlice, Service
 from ciliate.policy.fallback import closed
 from ciliate.policy.parse import API_VERSIONS, parse_cidr_group, parse_object
 from ciliate.policy.rules import CidrGroup, PolicyError, PolicyObject, ServiceFacts
@@ -185,7 +175,7 @@ class ClusterObjects:
     def _service_facts(self) -> dict[tuple[str, str], ServiceFacts]:
         addresses: dict[tuple[str, str], list[Network]] = defaultdict(list)
         for one in self.slices.values():
-            addresses[one.namespace, one.service] += [ip_network(address) for address in one.addresses]
+            addresses[one.namespace, one.service] += [ip_network(endpoint.address) for endpoint in one.endpoints]
         return {
             key: ServiceFacts(
                 namespace=one.namespace,

@@ -3,14 +3,10 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any, Final
 
 import msgspec
 
-Address = IPv4Address | IPv6Address
-SERVICE_NAME: Final = "kubernetes.io/service-name"
-"""Label of an EndpointSlice that names its Service."""
 PROTOCOLS: Final[Mapping[str, int]] = {"TCP": 6, "UDP": 17, "SCTP": 132}
 _NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
 _LABEL_VALUE: Final = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?")
@@ -22,11 +18,14 @@ class ObjectError(ValueError):
     """An object that is not valid; the message names it and the field."""
 
 
-class _Metadata(msgspec.Struct, kw_only=True):
+class Metadata(msgspec.Struct, kw_only=True, rename="camel"):
+    """``metadata``, as far as it is needed."""
+
     name: str
     namespace: str = "default"
     uid: str = ""
     labels: dict[str, str] | None = None
+    annotations: dict[str, str] | None = None
 
 
 class _Port(msgspec.Struct, kw_only=True, rename="camel"):
@@ -46,34 +45,15 @@ class _PodSpec(msgspec.Struct, kw_only=True, rename="camel"):
     host_network: bool = False
 
 
-class _ServiceSpec(msgspec.Struct, kw_only=True):
-    selector: dict[str, str] | None = None
-
-
-class _Service(msgspec.Struct, kw_only=True):
-    metadata: _Metadata
-    spec: _ServiceSpec = msgspec.field(default_factory=_ServiceSpec)
-
-
-class _SliceEndpoint(msgspec.Struct, kw_only=True):
-    addresses: list[str] = []
-
-
-class _EndpointSlice(msgspec.Struct, kw_only=True, rename="camel"):
-    metadata: _Metadata
-    address_type: str = "IPv4"
-    endpoints: list[_SliceEndpoint] | None = None
-
-
 class _Pod(msgspec.Struct, kw_only=True):
-    metadata: _Metadata
+    metadata: Metadata
     spec: _PodSpec
 
 
 class _Bare(msgspec.Struct, kw_only=True):
     """A Namespace or a Node: its metadata is all that is needed."""
 
-    metadata: _Metadata
+    metadata: Metadata
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,26 +79,6 @@ class Namespace:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Service:
-    """A Service; without a selector its backends are in EndpointSlices that somebody else writes."""
-
-    namespace: str
-    name: str
-    labels: Mapping[str, str] = field(default_factory=dict)
-    selector: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EndpointSlice:
-    """Backends of a Service (``service`` empty: of none)."""
-
-    namespace: str
-    name: str
-    service: str
-    addresses: tuple[Address, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class NodeObject:
     """A Node's labels."""
 
@@ -126,42 +86,44 @@ class NodeObject:
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
-def _convert(raw: Mapping[str, Any], type_: Any) -> Any:
+def convert(raw: Mapping[str, Any], type_: Any) -> Any:
+    """Return an object as a msgspec.Struct. Error: ObjectError, which names object and field."""
     try:
         return msgspec.convert(raw, type_, strict=True)
     except (msgspec.ValidationError, RecursionError) as error:
         metadata = raw.get("metadata")
         name = metadata.get("name", "?") if isinstance(metadata, dict) else "?"
-        problem, _, where = str(error).rpartition(" - at ")
-        raise ObjectError(f"{raw.get('kind')} {name}: {where.strip('`$.')}: {problem}") from error
+        problem, _, where = str(error).partition(" - at ")
+        field_name = f"{where.strip('`$.')}: " if where else ""
+        raise ObjectError(f"{raw.get('kind')} {name}: {field_name}{problem}") from error
 
 
-def _name(where: str, field_name: str, text: str) -> str:
+def name_of(where: str, field_name: str, text: str) -> str:
     """Return a name as the API server would take it. Error: ObjectError."""
     if not _NAME.fullmatch(text) or len(text) > 253:
         raise ObjectError(f"{where}: {field_name}: {text!r} is not a name")
     return text
 
 
-def _labels(where: str, labels: Mapping[str, str] | None) -> Mapping[str, str]:
+def valid_labels(where: str, labels: Mapping[str, str] | None) -> Mapping[str, str]:
     """Return labels as the API server would take them: no character that means something where they are kept. Error:
     ObjectError.
     """
     for key, value in (labels or {}).items():
         if not _LABEL_KEY.fullmatch(key) or len(key) > 317:
-            raise ObjectError(f"{where}: metadata.labels: {key!r} is not a label key")
+            raise ObjectError(f"{where}: {key!r} is not a label key")
         if not _LABEL_VALUE.fullmatch(value) or len(value) > 63:
-            raise ObjectError(f"{where}: metadata.labels[{key}]: {value!r} is not a label value")
+            raise ObjectError(f"{where}[{key}]: {value!r} is not a label value")
     return labels or {}
 
 
 def parse_pod(raw: Mapping[str, Any]) -> Pod:
     """Return a Pod. Error: ObjectError."""
-    pod = _convert(raw, _Pod)
+    pod = convert(raw, _Pod)
     what = f"Pod {pod.metadata.namespace}/{pod.metadata.name}"
-    labels = _labels(what, pod.metadata.labels)
+    labels = valid_labels(f"{what}: metadata.labels", pod.metadata.labels)
     if pod.spec.service_account_name:
-        _name(what, "spec.serviceAccountName", pod.spec.service_account_name)
+        name_of(what, "spec.serviceAccountName", pod.spec.service_account_name)
     ports = set()
     for index, container in enumerate(pod.spec.containers):
         for number, port in enumerate(container.ports or ()):
@@ -173,8 +135,8 @@ def parse_pod(raw: Mapping[str, Any]) -> Pod:
             if port.name:
                 ports.add((port.name, PROTOCOLS[port.protocol], port.container_port))
     return Pod(
-        namespace=_name(what, "metadata.namespace", pod.metadata.namespace),
-        name=_name(what, "metadata.name", pod.metadata.name),
+        namespace=name_of(what, "metadata.namespace", pod.metadata.namespace),
+        name=name_of(what, "metadata.name", pod.metadata.name),
         uid=pod.metadata.uid,
         labels=labels,
         node_name=pod.spec.node_name,
@@ -186,39 +148,18 @@ def parse_pod(raw: Mapping[str, Any]) -> Pod:
 
 def parse_namespace(raw: Mapping[str, Any]) -> Namespace:
     """Return a Namespace. Error: ObjectError."""
-    found = _convert(raw, _Bare)
+    found = convert(raw, _Bare)
     what = f"Namespace {found.metadata.name}"
-    return namespace_of(_name(what, "metadata.name", found.metadata.name), _labels(what, found.metadata.labels))
+    return namespace_of(
+        name_of(what, "metadata.name", found.metadata.name),
+        valid_labels(f"{what}: metadata.labels", found.metadata.labels),
+    )
 
 
 def parse_node(raw: Mapping[str, Any]) -> NodeObject:
     """Return a Node. Error: ObjectError."""
-    found = _convert(raw, _Bare)
+    found = convert(raw, _Bare)
     return NodeObject(name=found.metadata.name, labels=found.metadata.labels or {})
-
-
-def parse_service(raw: Mapping[str, Any]) -> Service:
-    """Return a Service. Error: ObjectError."""
-    found = _convert(raw, _Service)
-    metadata, labels = found.metadata, found.metadata.labels or {}
-    selector = found.spec.selector or {}
-    return Service(namespace=metadata.namespace, name=metadata.name, labels=labels, selector=selector)
-
-
-def parse_endpoint_slice(raw: Mapping[str, Any]) -> EndpointSlice:
-    """Return an EndpointSlice; one of type FQDN has no addresses. Error: ObjectError."""
-    found = _convert(raw, _EndpointSlice)
-    metadata = found.metadata
-    addresses = []
-    for number, one in enumerate(found.endpoints or () if found.address_type != "FQDN" else ()):
-        for text in one.addresses:
-            try:
-                addresses.append(ip_address(text))
-            except ValueError as error:
-                title = f"EndpointSlice {metadata.namespace}/{metadata.name}"
-                raise ObjectError(f"{title}: endpoints[{number}].addresses: {text!r} is no address") from error
-    service = (metadata.labels or {}).get(SERVICE_NAME, "")
-    return EndpointSlice(namespace=metadata.namespace, name=metadata.name, service=service, addresses=tuple(addresses))
 
 
 def namespace_of(name: str, labels: Mapping[str, str]) -> Namespace:
