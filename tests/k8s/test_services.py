@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ciliate.k8s.objects import ObjectError
+from ciliate.k8s.objects import ObjectError, parse_pod
 from ciliate.k8s.services import parse_endpoint_slice, parse_service
 from ciliate.loadbalancer.model import (
     DEFAULT_AFFINITY,
@@ -14,6 +14,8 @@ from ciliate.loadbalancer.model import (
     TCP,
     UDP,
     Endpoint,
+    HostPort,
+    PodPorts,
     Service,
     ServicePort,
     ServiceType,
@@ -228,4 +230,75 @@ def test_invalid_slice_names_object_and_field(body: str, where: str) -> None:
     with pytest.raises(ObjectError) as caught:
         endpoint_slice(body)
     assert "web-a" in str(caught.value)
+    assert where in str(caught.value)
+
+
+def test_weight_of_a_slice_is_read() -> None:
+    def weighted(text: str) -> Any:
+        metadata = {"name": "web-a", "annotations": {"service.cilium.io/weight": text}}
+        return parse_endpoint_slice({"kind": "EndpointSlice", "metadata": metadata, "addressType": "IPv4"})
+
+    assert [weighted(text).weight for text in ("0", "7", "256")] == [0, 7, 256]
+    for bad in ("-1", "257", "x", "", "٣"):
+        with pytest.raises(ObjectError, match=r"EndpointSlice default/web-a: metadata\.annotations\[service"):
+            weighted(bad)
+
+
+def test_creation_is_text_however_it_was_written() -> None:
+    spec = {"ports": [{"port": 80}]}
+    for written in ('"2026-01-02T03:04:05Z"', "2026-01-02T03:04:05Z"):
+        metadata = {"name": "web", "creationTimestamp": yaml.safe_load(written)}
+        raw = {"kind": "Service", "metadata": metadata, "spec": spec}
+        assert parse_service(raw).created == "2026-01-02T03:04:05Z"
+
+
+def pod(spec: str, status: str = "{}") -> Any:
+    metadata = {"name": "web-1", "namespace": "shop", "labels": {"app": "web"}}
+    return parse_pod(
+        {"kind": "Pod", "metadata": metadata, "spec": yaml.safe_load(spec), "status": yaml.safe_load(status)}
+    )
+
+
+def test_host_ports_of_a_pod_are_read() -> None:
+    found = pod(
+        """
+        nodeName: n1
+        containers:
+        - ports:
+          - {name: http, containerPort: 8080, hostPort: 80, hostIP: 192.0.2.1}
+          - {containerPort: 53, hostPort: 53, protocol: UDP, hostIP: "::"}
+          - {name: admin, containerPort: 9000}
+        """,
+        '{podIPs: [{ip: 10.1.0.7}, {ip: "fd00::7"}], podIP: 10.1.0.7, conditions: [{type: Ready, status: "False"}]}',
+    )
+    assert found.ports == PodPorts(
+        namespace="shop",
+        name="web-1",
+        addresses=(ip_address("10.1.0.7"), ip_address("fd00::7")),
+        labels={"app": "web"},
+        ports=(("http", TCP, 8080), ("admin", TCP, 9000)),
+        host_ports=(
+            HostPort(host_port=80, port=8080, address=ip_address("192.0.2.1")),
+            HostPort(host_port=53, port=53, protocol=UDP),
+        ),
+        ready=False,
+    )
+
+
+def test_pod_without_a_status_is_ready_and_one_that_has_ended_serves_nothing() -> None:
+    assert pod("{containers: []}").ports.ready
+    for phase in ("Succeeded", "Failed"):
+        assert pod("{containers: []}", f"{{phase: {phase}}}").ports is None
+
+
+@pytest.mark.parametrize(
+    ("port", "where"),
+    [
+        ("{containerPort: 80, hostPort: 65536}", "ports[0].hostPort: 65536"),
+        ("{containerPort: 80, hostPort: 80, hostIP: x}", "ports[0].hostIP: 'x' is no address"),
+    ],
+)
+def test_invalid_host_port_names_pod_and_field(port: str, where: str) -> None:
+    with pytest.raises(ObjectError, match=r"Pod shop/web-1: spec\.containers\[0\]") as caught:
+        pod(f"{{containers: [{{ports: [{port}]}}]}}")
     assert where in str(caught.value)

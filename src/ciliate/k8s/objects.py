@@ -1,11 +1,15 @@
 """The Kubernetes objects that the agent needs, typed."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
+from ipaddress import ip_address
 from typing import Any, Final
 
 import msgspec
+
+from ciliate.loadbalancer.model import Address, HostPort, PodPorts
 
 PROTOCOLS: Final[Mapping[str, int]] = {"TCP": 6, "UDP": 17, "SCTP": 132}
 _NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
@@ -26,12 +30,22 @@ class Metadata(msgspec.Struct, kw_only=True, rename="camel"):
     uid: str = ""
     labels: dict[str, str] | None = None
     annotations: dict[str, str] | None = None
+    creation_timestamp: Any = None
+    """Text, or what YAML makes of it."""
+
+    @property
+    def created(self) -> str:
+        """``creationTimestamp`` as an API server writes it: such texts sort by time; "" where it is not set."""
+        at = self.creation_timestamp
+        return at.isoformat().replace("+00:00", "Z") if isinstance(at, datetime) else str(at or "")
 
 
 class _Port(msgspec.Struct, kw_only=True, rename="camel"):
     container_port: int
     name: str = ""
-    protocol: str = "TCP"
+    protocol: str | None = None
+    host_port: int | None = None
+    host_ip: str | None = msgspec.field(name="hostIP", default=None)
 
 
 class _Container(msgspec.Struct, kw_only=True):
@@ -45,9 +59,26 @@ class _PodSpec(msgspec.Struct, kw_only=True, rename="camel"):
     host_network: bool = False
 
 
+class _Condition(msgspec.Struct, kw_only=True):
+    type: str
+    status: str
+
+
+class _PodIp(msgspec.Struct, kw_only=True):
+    ip: str = ""
+
+
+class _PodStatus(msgspec.Struct, kw_only=True, rename="camel"):
+    phase: str | None = None
+    pod_ip: str | None = msgspec.field(name="podIP", default=None)
+    pod_ips: list[_PodIp] | None = msgspec.field(name="podIPs", default=None)
+    conditions: list[_Condition] | None = None
+
+
 class _Pod(msgspec.Struct, kw_only=True):
     metadata: Metadata
     spec: _PodSpec
+    status: _PodStatus | None = None
 
 
 class _Bare(msgspec.Struct, kw_only=True):
@@ -58,7 +89,7 @@ class _Bare(msgspec.Struct, kw_only=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pod:
-    """A pod. ``named_ports``: (name, protocol number, port)."""
+    """A pod. ``named_ports``: (name, protocol number, port). ``ports``: for load balancing; None: it has ended."""
 
     namespace: str
     name: str
@@ -68,6 +99,7 @@ class Pod:
     service_account: str = ""
     named_ports: frozenset[tuple[str, int, int]] = frozenset()
     host_network: bool = False
+    ports: PodPorts | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,33 +149,95 @@ def valid_labels(where: str, labels: Mapping[str, str] | None) -> Mapping[str, s
     return labels or {}
 
 
+def protocol_of(where: str, text: str | None) -> int:
+    """Return a protocol's number; TCP where it is not set. Error: ObjectError."""
+    if (text or "TCP") not in PROTOCOLS:
+        raise ObjectError(f"{where}.protocol: {text!r} is none of {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[text or "TCP"]
+
+
+def port_of(where: str, number: int, low: int = 1) -> int:
+    """Return a port's number. Error: ObjectError."""
+    if not low <= number <= 65535:
+        raise ObjectError(f"{where}: {number} is not in {low}..65535")
+    return number
+
+
+def address_of(where: str, text: str) -> Address:
+    """Return an address. Error: ObjectError."""
+    try:
+        found = ip_address(text)
+    except ValueError as error:
+        raise ObjectError(f"{where}: {text!r} is no address") from error
+    if found.version == 6 and found.scope_id is not None:
+        raise ObjectError(f"{where}: {text!r} has a zone")
+    return found
+
+
 def parse_pod(raw: Mapping[str, Any]) -> Pod:
     """Return a Pod. Error: ObjectError."""
-    pod = convert(raw, _Pod)
+    pod: _Pod = convert(raw, _Pod)
     what = f"Pod {pod.metadata.namespace}/{pod.metadata.name}"
     labels = valid_labels(f"{what}: metadata.labels", pod.metadata.labels)
     if pod.spec.service_account_name:
         name_of(what, "spec.serviceAccountName", pod.spec.service_account_name)
-    ports = set()
-    for index, container in enumerate(pod.spec.containers):
-        for number, port in enumerate(container.ports or ()):
-            where = f"{what}: spec.containers[{index}].ports[{number}]"
-            if port.protocol not in PROTOCOLS:
-                raise ObjectError(f"{where}.protocol: {port.protocol!r} is none of {', '.join(PROTOCOLS)}")
-            if not 1 <= port.container_port <= 65535:
-                raise ObjectError(f"{where}.containerPort: {port.container_port} is not in 1..65535")
-            if port.name:
-                ports.add((port.name, PROTOCOLS[port.protocol], port.container_port))
+    named, host_ports = _pod_ports(what, pod.spec)
+    namespace = name_of(what, "metadata.namespace", pod.metadata.namespace)
+    name = name_of(what, "metadata.name", pod.metadata.name)
+    status = pod.status or _PodStatus()
+    ports = PodPorts(
+        namespace=namespace,
+        name=name,
+        created=pod.metadata.created,
+        addresses=tuple(dict.fromkeys(_pod_addresses(what, status))),
+        labels=labels,
+        ports=tuple(named),
+        host_ports=host_ports,
+        host_network=pod.spec.host_network,
+        ready=all(one.status == "True" for one in status.conditions or () if one.type == "Ready"),
+    )
     return Pod(
-        namespace=name_of(what, "metadata.namespace", pod.metadata.namespace),
-        name=name_of(what, "metadata.name", pod.metadata.name),
+        namespace=namespace,
+        name=name,
         uid=pod.metadata.uid,
         labels=labels,
         node_name=pod.spec.node_name,
         service_account=pod.spec.service_account_name,
-        named_ports=frozenset(ports),
+        named_ports=frozenset(named),
         host_network=pod.spec.host_network,
+        ports=None if status.phase in ("Succeeded", "Failed") else ports,
     )
+
+
+def _pod_ports(what: str, spec: _PodSpec) -> tuple[list[tuple[str, int, int]], tuple[HostPort, ...]]:
+    """Return (ports that have a name, host ports)."""
+    named, hosts = [], []
+    for index, container in enumerate(spec.containers):
+        for number, port in enumerate(container.ports or ()):
+            where = f"{what}: spec.containers[{index}].ports[{number}]"
+            protocol = protocol_of(where, port.protocol)
+            port_of(f"{where}.containerPort", port.container_port)
+            if port.name:
+                named.append((port.name, protocol, port.container_port))
+            address = address_of(f"{where}.hostIP", port.host_ip) if port.host_ip else None
+            if port.host_port:
+                hosts.append(
+                    HostPort(
+                        protocol=protocol,
+                        host_port=port_of(f"{where}.hostPort", port.host_port),
+                        port=port.container_port,
+                        address=address if address and not address.is_unspecified else None,
+                    )
+                )
+    return named, tuple(hosts)
+
+
+def _pod_addresses(what: str, status: _PodStatus) -> Iterator[Address]:
+    for index, one in enumerate(status.pod_ips or ()):
+        if one.ip:
+            yield address_of(f"{what}: status.podIPs[{index}].ip", one.ip)
+    if status.pod_ip:
+        yield address_of(f"{what}: status.podIP", status.pod_ip)
 
 
 def parse_namespace(raw: Mapping[str, Any]) -> Namespace:

@@ -6,12 +6,12 @@ What an API server would refuse is an error, what it would fill in is filled in.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
-from ipaddress import ip_address, ip_network
+from ipaddress import ip_network
 from typing import Any, Final, TypeVar
 
 import msgspec
 
-from ciliate.k8s.objects import PROTOCOLS, Metadata, ObjectError, convert, name_of, valid_labels
+from ciliate.k8s.objects import Metadata, ObjectError, address_of, convert, name_of, port_of, protocol_of, valid_labels
 from ciliate.loadbalancer.model import (
     DEFAULT_AFFINITY,
     Address,
@@ -29,6 +29,10 @@ SERVICE_NAME: Final = "kubernetes.io/service-name"
 """Label of an EndpointSlice that names its Service."""
 ANNOTATIONS: Final = ("service.cilium.io/", "service.kubernetes.io/", "lbipam.cilium.io/", "io.cilium/lb-ipam-")
 """Prefixes of the annotations that mean something here."""
+WEIGHT: Final = "service.cilium.io/weight"
+"""Annotation of an EndpointSlice."""
+MAX_WEIGHT: Final = 256
+"""A backend stands in as many slots."""
 MAX_AFFINITY: Final = 86400
 _PORT_NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 """Source: k8s.io/apimachinery, pkg/util/validation, IsValidPortName: also a letter, 15 characters and no --."""
@@ -127,31 +131,6 @@ class _EndpointSlice(msgspec.Struct, kw_only=True, rename="camel"):
 # ---- fields --------------------------------------------------------------------------------------------------------
 
 
-def protocol_of(where: str, text: str | None) -> int:
-    """Return a protocol's number; TCP where it is not set. Error: ObjectError."""
-    if (text or "TCP") not in PROTOCOLS:
-        raise ObjectError(f"{where}.protocol: {text!r} is none of {', '.join(PROTOCOLS)}")
-    return PROTOCOLS[text or "TCP"]
-
-
-def port_of(where: str, number: int, low: int = 1) -> int:
-    """Return a port's number. Error: ObjectError."""
-    if not low <= number <= 65535:
-        raise ObjectError(f"{where}: {number} is not in {low}..65535")
-    return number
-
-
-def address_of(where: str, text: str) -> Address:
-    """Return an address. Error: ObjectError."""
-    try:
-        found = ip_address(text)
-    except ValueError as error:
-        raise ObjectError(f"{where}: {text!r} is no address") from error
-    if found.version == 6 and found.scope_id is not None:
-        raise ObjectError(f"{where}: {text!r} has a zone")
-    return found
-
-
 def _networks(where: str, texts: Sequence[str] | None) -> tuple[Network, ...]:
     found = []
     for index, text in enumerate(texts or ()):
@@ -201,6 +180,7 @@ def parse_service(raw: Mapping[str, Any]) -> Service:
         ingress_ips=tuple(_ingress(what, found.status)),
         ports=_ports(what, spec, kind, optional=headless or kind is ServiceType.EXTERNAL_NAME),
         selector=valid_labels(f"{what}: spec.selector", spec.selector),
+        created=metadata.created,
         labels=valid_labels(f"{what}: metadata.labels", metadata.labels),
         annotations={key: text for key, text in (metadata.annotations or {}).items() if key.startswith(ANNOTATIONS)},
         affinity=_affinity(what, spec),
@@ -311,7 +291,16 @@ def parse_endpoint_slice(raw: Mapping[str, Any]) -> EndpointSlice:
         service=valid_labels(f"{what}: metadata.labels", metadata.labels).get(SERVICE_NAME, ""),
         endpoints=tuple(_endpoint(f"{what}: endpoints[{index}]", one, family) for index, one in listed),
         ports=tuple(_slice_ports(what, found.ports or ())),
+        weight=_weight(what, (metadata.annotations or {}).get(WEIGHT)),
     )
+
+
+def _weight(what: str, text: str | None) -> int:
+    if text is None:
+        return 1
+    if not text.isascii() or not text.isdigit() or len(text) > 3 or int(text) > MAX_WEIGHT:
+        raise ObjectError(f"{what}: metadata.annotations[{WEIGHT}]: {text!r} is not in 0..{MAX_WEIGHT}")
+    return int(text)
 
 
 def _endpoint(where: str, one: _Endpoint, family: int) -> Endpoint:
