@@ -423,7 +423,14 @@ class Agent:
         last = self.enforcement.last
         guard = [self.guard.alarm] if self.guard is not None and self.guard.alarm else []
         refused = [f"{kind} {namespace}/{name}: {text}" for (kind, namespace, name), text in last.refused.items()]
-        return [*files, *map(str, self.cluster.rejected.values()), *last.problems, *refused, *guard, *self.services.problems()]
+        return [
+            *files,
+            *map(str, self.cluster.rejected.values()),
+            *last.problems,
+            *refused,
+            *guard,
+            *self.services.problems(),
+        ]
 
     def policies(self) -> list[dict[str, Any]]:
         """Return each policy's status in the cluster."""

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from ciliate.daemon.api import Unknown, json_response
-from ciliate.daemon.monitor import PROTOCOLS
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from ciliate.daemon.api import Unknown, json_response
+from ciliate.daemon.monitor import PROTOCOLS
 from ciliate.loadbalancer.model import Backend, Frontend, FrontendKind, Owner, Scope, Service, ServiceType
 
 if TYPE_CHECKING:

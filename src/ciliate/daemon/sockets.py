@@ -1,4 +1,4 @@
-"""What of the node and of its pods' network namespaces load balancing needs: addresses, zone, cookies, sockets to tell."""
+"""What load balancing needs of the node and of its pods' network namespaces: zone, cookies, sockets to tell."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
