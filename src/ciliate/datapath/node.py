@@ -36,6 +36,7 @@ from ciliate.datapath.netlink import LinkState, Netlink, Network
 from ciliate.datapath.object import BpfObject, ConfigValue, LoadError
 from ciliate.datapath.policy import Desired, Known, PolicyMaps, PolicyReport
 from ciliate.datapath.rule_ids import RuleIds
+from ciliate.datapath.service_connections import ServiceConnections
 from ciliate.datapath.services import Services
 from ciliate.loadbalancer.maglev import maglev_table
 
@@ -99,10 +100,10 @@ class Datapath:
         self.features = features
         self.links = links
         self.sockets = CgroupLinks(links.root.with_name("cgroup"))
-        self.netns_cookies: dict[IPv4Address | IPv6Address, int] = {}
-        """Of the network namespace of each local pod's address, for redirects that a pod passes by; the caller's."""
         self._object: BpfObject
         self._devices: NodeDevices
+        self.netns_cookies: dict[IPv4Address | IPv6Address, int] = {}
+        """Of the network namespace of each local pod's address, for redirects that a pod passes by; the caller's."""
         self._freed: set[str] = set()
         self._freed_lock = threading.Lock()
         self._policy_lock = threading.Lock()
@@ -213,8 +214,6 @@ class Datapath:
         self.rule_ids = RuleIds(self.config.state_dir / "rules.json")
         self.policy = PolicyMaps(maps, self.endpoints, self.epoch, self.rule_ids, grace=grace_period)
         self.conntrack = Conntrack(maps, btf)
-        self.listeners = Listeners(maps["listeners"])
-        self.exemptions = Exemptions(maps["exemptions"], self.epoch)
         self.services = Services(
             maps,
             btf,
@@ -223,6 +222,9 @@ class Datapath:
             maglev=maglev_table,
             cookies=self.netns_cookies,
         )
+        self.service_connections = ServiceConnections(maps)
+        self.listeners = Listeners(maps["listeners"])
+        self.exemptions = Exemptions(maps["exemptions"], self.epoch)
 
     def _attach_all(self) -> None:
         """Swap or attach every program: pods first, so that a new generation never answers to an old one's packets
@@ -379,7 +381,7 @@ class Datapath:
 
     def usage(self) -> dict[str, tuple[int, int]]:
         """Return (rows used, rows that fit) of each table. Walks the maps: some milliseconds a 10,000 rows."""
-        quick = self.policy.usage()
+        quick = self.policy.usage() | self.services.usage()
         return {
             name: quick[name] if name in quick else (one.count(), one.max_entries)
             for name, one in self._object.maps.items()
