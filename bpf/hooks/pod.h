@@ -150,6 +150,11 @@ int from_pod(struct __sk_buff *skb)
 			return drop(s, -DROP_WRITE_ERROR);
 		return too_big_answer(skb, s, ep, mtu);
 	}
+	if (s->kind != DEST_POD && answers_service(s)) {
+		result = service_back(skb, s);
+		if (result <= 0)
+			return drop(s, result ?: -DROP_NAT_NO_MAPPING);
+	}
 	switch (s->kind) {
 	case DEST_POD:
 		return deliver_local(skb, s);
