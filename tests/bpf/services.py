@@ -10,7 +10,7 @@ import numpy as np
 from ciliate.datapath.maps import addr_bytes
 from tests.bpf.rig import NODE, Rig
 
-TCP, UDP, SCTP = 6, 17, 132
+TCP, UDP, SCTP_NUMBER = 6, 17, 132
 CLUSTER, EXTERNAL = 0, 1
 LOCAL, TERMINATING = 1, 2
 AFFINITY, MAGLEV, SOURCE_RANGES, DROP, ALL_LOCAL, DSR, SKIPS = (1 << n for n in range(7))
