@@ -94,6 +94,7 @@ int from_pod(struct __sk_buff *skb)
 	if (!ep)
 		return drop(s, -DROP_NO_ENDPOINT);
 	end_of_endpoint(&s->ends[0], ep);
+	s->client_netns = ep->netns;
 	skb->mark = 0;
 	if (skb->vlan_present) /* the tag would leave the node with the packet */
 		return drop(s, -DROP_UNSUPPORTED_L3);
