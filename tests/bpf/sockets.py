@@ -27,6 +27,8 @@ from tests.bpf.rig import Rig, rig
 TCP, UDP = socket.SOCK_STREAM, socket.SOCK_DGRAM
 AFFINITY, MAGLEV, SOURCE_RANGES, DROP, SKIPS = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 6
 """enum frontend_flag."""
+PATIENCE: Final = 5.0
+"""Seconds in which an answer must have come; only a failing test waits that long."""
 MEMBER: Final = 1 << 31
 _PROTOCOLS: Final = {TCP: 6, UDP: 17, 0: 0}
 _SERIAL: Final = itertools.count()
@@ -69,7 +71,7 @@ class Maker:
         said, fds, _, _ = socket.recv_fds(self._ours, 4096, 1)
         assert fds, said.decode()
         made = socket.socket(fileno=fds[0])
-        made.settimeout(10)
+        made.settimeout(PATIENCE)
         return made
 
     def close(self) -> None:
@@ -143,6 +145,7 @@ class Sockets:
         self.rig = Rig(stack, pods=(), cgroup=group, **changes)
         for number in (2, 3, 4):
             self.rig.add_pod(number, quiet=False)
+        self.rig.apply()
         self.maker = Maker(group)
         stack.callback(self.maker.close)
         self.services = Services(self.rig.path)
@@ -163,7 +166,7 @@ class Sockets:
         """Return a socket that is not in the cgroup."""
         inet = socket.AF_INET6 if family == 6 else socket.AF_INET
         made = in_netns(self.netns(where), lambda: socket.socket(inet, kind))
-        made.settimeout(10)
+        made.settimeout(PATIENCE)
         self._made.append(made)
         return made
 
