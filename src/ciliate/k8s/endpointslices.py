@@ -1,8 +1,8 @@
 """The EndpointSlice controller, pure: a Service, its pods and the slices that there are, to the slices that shall be.
 
 The rules are Kubernetes' (``EndpointSlice`` API reference; KEP-1672 for terminating endpoints, KEP-4444 and KEP-3015
-for traffic distribution). An endpoint stays in the slice that has it: so whoever reads slices one by one never sees a pod
-in none of them only because another one went.
+for traffic distribution). An endpoint stays in the slice that has it: so whoever reads slices one by one never sees a
+pod in none of them only because another one went.
 """
 
 import hashlib

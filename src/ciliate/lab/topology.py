@@ -22,6 +22,9 @@ NODES_V4: Final = IPv4Network("172.30.0.0/24")
 NODES_V6: Final = IPv6Network("fd00:30::/64")
 OUTSIDE_V4: Final = IPv4Network("172.31.0.0/24")
 OUTSIDE_V6: Final = IPv6Network("fd00:31::/64")
+SERVICES_V4: Final = IPv4Network("10.96.0.0/16")
+SERVICES_V6: Final = IPv6Network("fd00:10:96::/112")
+"""Cluster addresses of Services. Node 96 would have pods in 10.96.0.0/24: the lab gives it none there."""
 _ROUTER: Final = 254
 _OUTSIDE_HOST: Final = 10
 _NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9]{0,22}[a-z0-9])?")
