@@ -154,24 +154,23 @@ def _stop(
     """End pods, take them out of their Services, then take them away."""
     if not stopping:
         return
-    _each(stopping.values(), pods.terminate)
+    _each(stopping.values(), lambda pod: pods.terminate(topology, pod))
     objects = store(topology)
     objects.change({}, leaving)
-    everything = objects.load()
-    known = {key: pod for key, pod in state.pods(topology).items() if pod not in stopping.values()}
-    _renew(topology, objects, everything, known)
+    _renew(topology, objects, objects.load())
     sync(topology, nodes)
     _each(stopping.values(), lambda pod: pods.remove(topology, pod))
 
 
-def _renew(
-    topology: Topology,
-    objects: Store,
-    everything: Mapping[ObjectKey, Raw],
-    known: Mapping[tuple[str, str], PodFile],
-) -> bool:
-    """Write the EndpointSlices that have changed; return whether any has."""
+def _renew(topology: Topology, objects: Store, everything: Mapping[ObjectKey, Raw]) -> bool:
+    """Write the EndpointSlices and the status of pods that have changed; return whether any has."""
+    known = state.pods(topology)
     fresh = _slices(topology, everything, everything, known, ())
+    fresh |= {
+        key: {**raw, "status": pods.stored_status(known.get((key.namespace, key.name)))}
+        for key, raw in everything.items()
+        if key.kind == "Pod"
+    }
     write = {key: raw for key, raw in fresh.items() if everything.get(key) != raw}
     gone = endpoints.managed(everything).keys() - fresh.keys()
     objects.change(write, gone)
@@ -195,7 +194,7 @@ def _refresh(topology: Topology, nodes: Iterable[LabNode], objects: Mapping[Obje
     everything, known = kept.load(), state.pods(topology)
     asked = [key for key in endpoints.pods_of(endpoints.managed(everything).values()) if _started(known, key)]
     _each(asked, lambda key: pods.probe_again(topology, objects[key], known[key.namespace, key.name]))
-    if _renew(topology, kept, everything, state.pods(topology)):
+    if _renew(topology, kept, everything):
         sync(topology, nodes)
 
 

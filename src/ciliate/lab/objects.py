@@ -332,7 +332,7 @@ def plan(
         fresh = _kept(key, fresh, former, now)
         changes[key] = "created" if former is None else "unchanged" if former == fresh else "configured"
         target[key] = fresh
-    _expand_all(target, present)
+    _expand_all(target, present, now)
     _check_namespaces(target, wanted)
     hostports.check(target)
     _schedule(target, nodes)
@@ -361,20 +361,22 @@ def _admitted(wanted: Objects, target: Objects, families: tuple[str, ...]) -> di
 
 
 def _kept(key: ObjectKey, fresh: Raw, former: Raw | None, now: str) -> Raw:
-    """Return an object with what a user does not write: a pod's node, a Service's status, when it was made."""
+    """Return an object with what a user does not write: a pod's node, a status, when it was made."""
     if key.kind == "Pod" and former is not None:
-        return _keep_node(fresh, former)
+        fresh = _keep_node(fresh, former)
     if key.kind not in AGED:
         return fresh
     created = former["metadata"].get("creationTimestamp") if former else now
     metadata = {name: value for name, value in fresh["metadata"].items() if name != "creationTimestamp"}
     if created:
         metadata["creationTimestamp"] = created
-    status = {"status": former["status"]} if former and "status" in former else {}
-    return {**fresh, "metadata": metadata, **status}
+    status = former.get("status") if former and (key.kind != "Pod" or former["spec"] == fresh["spec"]) else None
+    if status is None and key.kind == "Service":
+        status = {"loadBalancer": {}}
+    return {**fresh, "metadata": metadata, **({"status": status} if status is not None else {})}
 
 
-AGED: Final = ("Service", "EndpointSlice", "CiliumLocalRedirectPolicy", "CiliumLoadBalancerIPPool")
+AGED: Final = ("Pod", "Service", "EndpointSlice", "CiliumLocalRedirectPolicy", "CiliumLoadBalancerIPPool")
 """Kinds that remember when they were made, and have a status that others write."""
 
 
@@ -399,7 +401,7 @@ def _keep_node(fresh: Raw, former: Raw) -> Raw:
     return {**fresh, "spec": {**fresh["spec"], "nodeName": node}}
 
 
-def _expand_all(target: dict[ObjectKey, Raw], present: Objects) -> None:
+def _expand_all(target: dict[ObjectKey, Raw], present: Objects, now: str) -> None:
     """Bring the pods of Deployments in line with them."""
     wanted: dict[ObjectKey, Raw] = {}
     for key in [one for one in target if one.kind == "Deployment"]:
@@ -409,7 +411,7 @@ def _expand_all(target: dict[ObjectKey, Raw], present: Objects) -> None:
     for key, pod in wanted.items():
         if key in present and not owner_of(present[key]):
             raise LabError(f"{text_of(key)}: {owner_of(pod)} needs this name; delete the pod, or rename it")
-        target[key] = _keep_node(pod, present[key]) if key in present else pod
+        target[key] = _kept(key, pod, present.get(key), now)
 
 
 def _check_namespaces(target: Objects, wanted: Objects) -> None:

@@ -157,14 +157,16 @@ def _value(variable: EnvVar, node: LabNode, pod: PodFile) -> str:
 
 def stop(topology: Topology, pod: PodFile) -> None:
     """End a pod's processes and take it away. Idempotent. Error: LabError."""
-    terminate(pod)
+    terminate(topology, pod)
     remove(topology, pod)
 
 
-def terminate(pod: PodFile) -> None:
+def terminate(topology: Topology, pod: PodFile) -> None:
     """End a pod's processes: SIGTERM, and after its grace period SIGKILL. Error: LabError."""
     if (NETNS / pod.netns).exists():
         netns.end(lambda: _pids(pod), grace=pod.grace)
+    ended = msgspec.structs.replace(pod, ended=True, ready=False)
+    state.write_file(state.pod_path(topology, pod.namespace, pod.name), ended)
 
 
 def _pids(pod: PodFile) -> list[int]:
@@ -270,7 +272,7 @@ def status_of(pod: PodFile | None) -> dict[str, Any]:
     """Return a pod's ``status`` as Kubernetes has it."""
     if pod is None:
         return {"phase": "Pending", "conditions": [{"type": "Ready", "status": "False"}]}
-    alive = all(one.alive for one in pod.processes)
+    alive = not pod.ended and all(one.alive for one in pod.processes)
     phase = "Running" if alive else "Failed"
     return {
         "phase": phase,
@@ -279,6 +281,11 @@ def status_of(pod: PodFile | None) -> dict[str, Any]:
         "conditions": [{"type": "Ready", "status": "True" if pod.ready and alive else "False"}],
         "containerStatuses": [{"name": one.name, "ready": one.alive, "pid": one.pid} for one in pod.processes],
     }
+
+
+def stored_status(pod: PodFile | None) -> dict[str, Any]:
+    """Return the part of a pod's status that agents read."""
+    return {key: value for key, value in status_of(pod).items() if key != "containerStatuses"}
 
 
 def signal_number(text: str) -> signal.Signals:
