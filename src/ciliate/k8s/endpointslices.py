@@ -12,7 +12,7 @@ from ipaddress import ip_address
 from typing import Any, Final
 
 from ciliate.k8s.manifests import ObjectKey, Raw
-from ciliate.k8s.objects import SERVICE_NAME
+from ciliate.k8s.services import SERVICE_NAME
 
 MANAGED_BY: Final = "endpointslice.kubernetes.io/managed-by"
 MANAGER: Final = "endpointslice-controller.k8s.io"

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from ciliate.k8s.manifests import ObjectKey, Raw
-from ciliate.k8s.objects import SERVICE_NAME
+from ciliate.k8s.services import SERVICE_NAME
 from ciliate.policy.document import At, Reading
 from ciliate.policy.schema.check import check
 from ciliate.policy.schema.kinds import Fields

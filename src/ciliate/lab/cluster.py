@@ -104,7 +104,7 @@ def _apply(
     todo = plan(present, wanted, deleted, names, topology.families, _now())
     nodes = [node for node in topology.nodes if agents.running(topology, node.name)]
     known = state.pods(topology)
-    stopping = {key: known[key.namespace, key.name] for key in todo.stop if _started(known, key)}
+    stopping = {key: known[key.namespace, key.name] for key in todo.stop if key[1:] in known}
     leaving = {key: present[key] for key in stopping if key in todo.remove}
     say("policies")
     fresh = _slices(topology, {**todo.objects, **leaving}, everything, known, stopping)
@@ -199,8 +199,11 @@ def _refresh(topology: Topology, nodes: Iterable[LabNode], objects: Mapping[Obje
 
 
 def _started(known: Mapping[tuple[str, str], PodFile], key: ObjectKey) -> bool:
-    """Whether a pod is there; one that failed to start has no file, so that the next command tries again."""
-    return (key.namespace, key.name) in known
+    """Whether a pod is there. One that failed to start has no file, and one that could not be taken away after its end
+    is marked, so that the next command tries again.
+    """
+    pod = known.get((key.namespace, key.name))
+    return pod is not None and not pod.ended
 
 
 def sync(topology: Topology, nodes: Iterable[LabNode]) -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from ciliate.k8s.endpointslices import ZONE, PodState, endpoint_slices, is_managed
 from ciliate.k8s.manifests import ObjectKey, Raw
-from ciliate.k8s.objects import SERVICE_NAME
+from ciliate.k8s.services import SERVICE_NAME
 from ciliate.lab.pods import status_of
 from ciliate.lab.state import PodFile
 

@@ -12,7 +12,8 @@ from typing import Any, Final, Literal
 import msgspec
 
 from ciliate.k8s.manifests import ManifestError, ObjectKey, Raw, object_key, parse_documents
-from ciliate.k8s.objects import ObjectError, parse_endpoint_slice, parse_namespace, parse_node, parse_pod, parse_service
+from ciliate.k8s.objects import ObjectError, parse_namespace, parse_node, parse_pod
+from ciliate.k8s.services import parse_endpoint_slice, parse_service
 from ciliate.lab import balancers, hostports
 from ciliate.lab.services import admit_all
 from ciliate.lab.topology import LabError

@@ -107,6 +107,9 @@ def start(topology: Topology, key: ObjectKey, raw: Raw) -> PodFile:
         grace=grace_of(raw),
     )
     path = state.pod_path(topology, key.namespace, key.name)
+    former = state.read_file(path, PodFile)
+    if former is not None and former.ended:
+        remove(topology, former)
     if not host:
         netns.remove(pod.netns)
     state.write_file(path, pod)
