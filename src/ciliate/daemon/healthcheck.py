@@ -1,4 +1,4 @@
-"""Answers on ``healthCheckNodePort``: whether this node has a local endpoint of a Service, for whoever balances in front.
+"""Answers on ``healthCheckNodePort``: whether this node has a local endpoint of a Service, for who balances in front.
 
 Status, JSON and header are those of kube-proxy (pkg/proxy/healthcheck/service_health.go). The ports are open to the
 network: a connection is one short request, and has to come up with it soon.

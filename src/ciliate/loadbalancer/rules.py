@@ -55,6 +55,14 @@ def has_frontends(service: Service) -> bool:
     return not (service.headless or service.type is ServiceType.EXTERNAL_NAME or served_by_others(service))
 
 
+def cluster_ips_here(service: Service, node: LocalNode) -> tuple[Address, ...]:
+    """Return the ClusterIPs that a service is served at on this node."""
+    wishes = wishes_of(service, node)
+    if not (has_frontends(service) and wishes.here and FrontendKind.CLUSTER_IP in wishes.exposed):
+        return ()
+    return tuple(one for one in service.cluster_ips if one.version in node.families)
+
+
 def is_special(address: Address) -> bool:
     """Whether an address never stands for a service: it would take what every host or node has of its own."""
     return address.is_unspecified or address.is_loopback or address.is_multicast
@@ -94,10 +102,8 @@ _Spot = tuple[FrontendKind, Address]
 
 def _addresses(service: Service, wishes: Wishes, node: LocalNode, problems: list[str]) -> list[_Spot]:
     """Return where the service is asked for: the unspecified address stands for node ports."""
-    found: list[_Spot] = []
-    own: list[Address] = [one for one in service.cluster_ips if one.version in node.families]
-    if FrontendKind.CLUSTER_IP in wishes.exposed:
-        found += [(FrontendKind.CLUSTER_IP, one) for one in own]
+    own = [one for one in service.cluster_ips if one.version in node.families]
+    found = [(FrontendKind.CLUSTER_IP, one) for one in own if FrontendKind.CLUSTER_IP in wishes.exposed]
     shared: list[_Spot] = []
     if service.type is ServiceType.LOAD_BALANCER and FrontendKind.LOAD_BALANCER in wishes.exposed:
         shared += [(FrontendKind.LOAD_BALANCER, one) for one in service.ingress_ips]
@@ -110,9 +116,12 @@ def _addresses(service: Service, wishes: Wishes, node: LocalNode, problems: list
     if service.type in (ServiceType.NODE_PORT, ServiceType.LOAD_BALANCER) and FrontendKind.NODE_PORT in wishes.exposed:
         found += [(FrontendKind.NODE_PORT, ANY_ADDRESS[family]) for family in sorted({one.version for one in own})]
     if service.source_ranges:
-        for family in sorted({one.version for kind, one in found if kind is FrontendKind.LOAD_BALANCER}):
-            if not _ranges(service, family):
-                problems.append(f"loadBalancerSourceRanges has none of IPv{family}: its IPv{family} clients are free")
+        balanced = sorted({one.version for kind, one in found if kind is FrontendKind.LOAD_BALANCER})
+        problems += [
+            f"loadBalancerSourceRanges has none of IPv{family}: its IPv{family} clients are free"
+            for family in balanced
+            if not _ranges(service, family)
+        ]
     return found
 
 
@@ -178,7 +187,7 @@ class _Port:
 
     def _frontend(self, kind: FrontendKind, address: Address, port: int, scope: Scope, local: bool) -> Frontend:
         choice = self._choice(address.version, local)
-        ranges = ()
+        ranges: tuple[Network, ...] = ()
         if kind is FrontendKind.LOAD_BALANCER and self._service.source_ranges:
             ranges = _ranges(self._service, address.version)
         return Frontend(
