@@ -26,27 +26,36 @@ KINDS: Final = ("Service", "EndpointSlice", "Pod", "CiliumLocalRedirectPolicy")
 """Kinds that decide what is served."""
 _AGAIN: Final = 1.0
 """Seconds after which a failed pass is repeated."""
+_LEFTOVERS: Final = 1.0
+"""Seconds after the last change after which its leftovers are freed."""
 Change = Callable[[LoadBalancer], object]
 
 
-@dataclass(slots=True)
-class Written:
-    """What the datapath made of changes. ``refused``: what is not in force, and why (a map is full): the row of before
-    stays. ``gone``: backends that no frontend has any more.
+class Outcome(Protocol):
+    """What the datapath made of changes. ``problems``: of every owner that is not in force as it should be; ``gone``:
+    backends that no frontend has any more.
     """
 
-    refused: Mapping[Owner, str] = field(default_factory=dict)
-    gone: Collection[Backend] = ()
+    @property
+    def problems(self) -> Mapping[Owner, str]: ...
+    @property
+    def gone(self) -> Collection[Backend]: ...
 
 
 class Programmer(Protocol):
-    """The datapath's side."""
+    """The datapath's side (``ciliate.datapath.services.Services``). Its methods block."""
 
-    def apply(self, changes: Changes, *, complete: bool) -> Written:
-        """Bring frontends in force. ``complete``: these are all there are; whatever else is there goes. Blocks.
-
-        Error: OSError; a second call goes on.
+    def apply(self, changes: Changes, *, complete: bool = False) -> Outcome:
+        """Bring frontends in force, and what could not be before. ``complete``: these are all; what else is there
+        goes. Error: OSError; a second call goes on.
         """
+
+    def collect(self) -> int:
+        """Free what nobody uses any more; return how many rows. Error: OSError."""
+
+    @property
+    def waiting(self) -> bool:
+        """Whether another ``apply`` would try something again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,10 +94,8 @@ class Services:
         self._programmer = programmer
         self._notify = notify
         self._changes: list[Change] = []
-        self._pending: dict[Owner, tuple[Frontend, ...]] = {}
-        """What the datapath has not taken yet."""
         self._complete = asyncio.Event()
-        self._pruned = False
+        self._pruned = self._garbage = False
         self._asked = self._done = 0
         self._wake = asyncio.Event()
         self._passed = asyncio.Condition()
@@ -173,28 +180,23 @@ class Services:
         """Work until cancelled. A failed pass is repeated: what was in force stays."""
         await self._complete.wait()
         while True:
-            await self._wake.wait()
+            try:
+                async with asyncio.timeout(_LEFTOVERS if self._garbage else None):
+                    await self._wake.wait()
+            except TimeoutError:
+                await self._collect()
+                continue
             self._wake.clear()
             number = self._asked
             changes, self._changes = self._changes, []
             try:
                 self.last = await asyncio.to_thread(self._pass, changes)
-            except (OSError, ValueError) as error:
-                log.exception("services-failed")
-                self.last = replace(self.last, error=f"the datapath refused a change of services: {error}")
-                asyncio.get_running_loop().call_later(_AGAIN, self._wake.set)
-            else:
-                if self.last.refused:
-                    asyncio.get_running_loop().call_later(_AGAIN, self._retry, self.last.refused)
+            except OSError as error:
+                self._failed(error)
             self.health.want(self._balancer.health())
             self._done = number
             async with self._passed:
                 self._passed.notify_all()
-
-    def _retry(self, refused: Collection[Owner]) -> None:
-        """Give what did not fit another try: others may have made room."""
-        self._changes.append(lambda _: self._pending.update({one: self.frontends.get(one, ()) for one in refused}))
-        self._wake.set()
 
     def _pass(self, changes: Collection[Change]) -> ServicePass:
         began = time.perf_counter()
@@ -203,21 +205,31 @@ class Services:
         fresh = self._balancer.changes()
         for owner, frontends in fresh.items():
             self._note(owner, frontends)
-        self._pending |= fresh
-        pending, complete = dict(self._pending), not self._pruned
-        refused = dict(self.last.refused)
-        if pending or complete:
-            written = self._programmer.apply(pending, complete=complete)
-            self._pruned = True
-            self._pending.clear()
-            refused = {owner: text for owner, text in refused.items() if owner not in pending} | dict(written.refused)
+        outcome = self._programmer.apply(fresh, complete=not self._pruned)
+        self._pruned, self._garbage = True, True
         return ServicePass(
             changed=len(fresh),
             took=time.perf_counter() - began,
-            error=self._tell(written.gone) if pending or complete else "",
-            refused=refused,
+            error=self._tell(outcome.gone),
+            refused=dict(outcome.problems),
             problems=dict(self._balancer.problems()),
         )
+
+    def _failed(self, error: OSError) -> None:
+        """Have a pass repeated: the datapath knows what it has not taken."""
+        log.exception("services-failed")
+        self.last = replace(self.last, error=f"the datapath refused a change of services: {error}")
+        asyncio.get_running_loop().call_later(_AGAIN, self._wake.set)
+
+    async def _collect(self) -> None:
+        """Free what changes have left; what did not fit may fit then."""
+        self._garbage = False
+        try:
+            await asyncio.to_thread(self._programmer.collect)
+        except OSError as error:
+            self._failed(error)
+        if self._programmer.waiting:
+            self._wake.set()
 
     def _tell(self, gone: Collection[Backend]) -> str:
         """Tell sockets that their backends are gone; return what is wrong. Their connections time out then."""

@@ -109,7 +109,7 @@ class _Reader:
             return default
         if (key := text.strip().lower()) in values:
             return values[key]
-        self.problems.append(f"annotation {PREFIX}{name}: {text!r} is none of {', '.join(values)}; ignored")
+        self.problems.append(f"annotation {PREFIX}{name}: {text!r} is not one of: {', '.join(values)}; ignored")
         return default
 
     def here(self, node: LocalNode) -> bool:
