@@ -247,6 +247,7 @@ class Agent:
             v4=v4,  # type: ignore[arg-type]
             v6=v6,  # type: ignore[arg-type]
             mtu=self.datapath.pod_mtu,
+            netns_cookie=one.netns_cookie,
         )
 
     def _host(self) -> str:
@@ -581,6 +582,7 @@ class Agent:
                     await self._housekeeping.wait()
             except TimeoutError:
                 await asyncio.to_thread(self.datapath.conntrack.sweep)
+                await asyncio.to_thread(self.datapath.service_connections.sweep)
             self._housekeeping.clear()
             await asyncio.to_thread(self.datapath.housekeeping)
 
