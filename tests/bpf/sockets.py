@@ -68,8 +68,9 @@ class Maker:
     def __call__(self, netns: Path, family: int, kind: int) -> socket.socket:
         """Return a new socket of a network namespace; ``family`` is 4 or 6."""
         self._ours.sendall(f"{family} {kind} {netns}\n".encode())
-        said, fds, _, _ = socket.recv_fds(self._ours, 4096, 1)
-        assert fds, said.decode()
+        _, fds, _, _ = socket.recv_fds(self._ours, 1, 1)
+        assert fds, "the child has failed"
+        assert self._ours.recv(1) == b"!", "the child still has it, so closing it would not end it"
         made = socket.socket(fileno=fds[0])
         made.settimeout(PATIENCE)
         return made
@@ -88,7 +89,8 @@ def _serve(group: Path, fd: int) -> None:
             inet = socket.AF_INET6 if family == "6" else socket.AF_INET
             made = in_netns(Path(netns), lambda inet=inet, kind=kind: socket.socket(inet, int(kind)))  # type: ignore[misc]
             with made:
-                socket.send_fds(line, [b"made"], [made.fileno()])
+                socket.send_fds(line, [b"."], [made.fileno()])
+            line.sendall(b"!")
 
 
 @dataclass(slots=True)
