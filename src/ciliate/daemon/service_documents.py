@@ -112,6 +112,7 @@ def frontend_document(one: Frontend) -> dict[str, Any]:
         "kind": str(one.kind),
         "port_name": one.port_name,
         "backends": [_text(backend) for backend in serving],
+        "draining": len(one.backends) - len(serving),
         "without_backends": "" if serving else "drop" if one.drop else "reject",
         "local": one.local,
     }

@@ -11,6 +11,10 @@ from ciliate.datapath.maps import V4_PREFIX, ZERO_ADDR, Table, addr_text, prefix
 from ciliate.datapath.service_sets import SLOT_MEMBER
 
 LIMIT: Final = 100_000
+TABLES: Final = (
+    "frontends", "backends", "slots", "affinities", "source_ranges", "skips", "translations", "socket_peers",
+)  # fmt: skip
+"""The maps that ``documents`` reads."""
 _SERVICE_BITS: Final = 32
 _SCOPES: Final = ("cluster", "external")
 Document = dict[str, Any]
