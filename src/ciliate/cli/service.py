@@ -37,9 +37,7 @@ _DETAILS: Final = (
 
 
 def place(address: str, port: int) -> str:
-    """Return ``10.96.0.10:80`` or ``[fd00::a]:80``; an unspecified address is any of the node's."""
-    if address in ("0.0.0.0", "::"):
-        address = "node"
+    """Return ``10.96.0.10:80`` or ``[fd00::a]:80``."""
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
@@ -102,7 +100,9 @@ def _frontends(row: Document) -> list[tuple[str, str, str, str]]:
     for one in row.get("frontends") or ():
         if not one.get("port"):
             continue
-        text = f"{place(str(one.get('address')), one.get('port', 0))}/{one.get('protocol')}"
+        address = str(one.get("address"))
+        where = f"node:{one['port']}" if address in ("0.0.0.0", "::") else place(address, one["port"])
+        text = f"{where}/{one.get('protocol')}"  # of both families, if it has both
         serving = one.get("backends") or ()
         notes = f"none here: {one['without_backends']}" if one.get("without_backends") else ""
         count = f"{len(serving)}/{len(serving) + one.get('draining', 0)}"
