@@ -33,6 +33,8 @@ enum frontend_flag {
 	FRONTEND_LOCAL = 1 << 4, /* every backend is on this node: the client's address is kept */
 	FRONTEND_DSR = 1 << 5,   /* a backend on another node answers the client itself */
 	FRONTEND_SKIPS = 1 << 6, /* clients in `skips` pass it by (skipRedirectFromBackend) */
+	FRONTEND_HERE =
+		1 << 7, /* of the unspecified address: at this node's addresses, not at other nodes' (host ports) */
 };
 
 struct frontend {

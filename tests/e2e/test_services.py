@@ -332,7 +332,9 @@ def test_a_service_without_backends_is_refused_at_once(shop: Shop, where: str, o
 @pytest.mark.parametrize("op", ["tcp", "udp"])
 def test_a_node_port_without_backends_is_refused_at_once(shop: Shop, op: str, version: int) -> None:
     answer = shop["outside"].one(op, NODES["n1", version], 30083)
-    assert answer["error"] == "ECONNREFUSED" and answer["seconds"] < 0.5
+    # Between namespaces the ICMP error arrives within connect(), while the socket is its own user's: the kernel then
+    # takes it as a soft error, and only the one after the repeated SYN, a second later, ends the attempt.
+    assert answer["error"] == "ECONNREFUSED" and answer["seconds"] < 1.8
 
 
 @FAMILIES

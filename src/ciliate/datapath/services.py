@@ -49,6 +49,7 @@ from ciliate.loadbalancer.model import (
     Changes,
     Forwarding,
     Frontend,
+    FrontendKind,
     Owner,
 )
 
@@ -350,6 +351,7 @@ class Services:
             | (flags["FRONTEND_LOCAL"] if one.local else 0)
             | (flags["FRONTEND_DSR"] if one.forwarding is Forwarding.DSR else 0)
             | (flags["FRONTEND_SKIPS"] if skips else 0)
+            | (flags["FRONTEND_HERE"] if one.kind is FrontendKind.HOST_PORT else 0)
         )
 
     def _over(self, batch: Batch, parts: Sequence[Part]) -> Over:

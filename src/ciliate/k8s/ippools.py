@@ -75,6 +75,8 @@ def parse_pool(raw: Mapping[str, Any]) -> Pool:
 def _block(where: str, one: _Block) -> Block:
     if bool(one.cidr) == bool(one.start) or (one.cidr and one.stop):
         raise ObjectError(f"{where}: either cidr, or start with or without stop, must be set")
+    if one.cidr and "/" not in one.cidr:
+        raise ObjectError(f"{where}.cidr: {one.cidr!r} has no prefix length")
     try:
         return block_of(one.cidr or "", one.start or "", one.stop or "")
     except ValueError as error:
