@@ -1,4 +1,4 @@
-"""What pods send to services without a socket of theirs being told: translated, judged as the backend's, translated back.
+"""What pods send to services without their sockets being told: translated, judged as the backend's, translated back.
 
 Rows 28 to 31 of docs/adr/0002-every-way-into-and-out-of-a-pod.md; octets compared.
 """
@@ -604,6 +604,33 @@ def test_both_rows_lost_and_conntrack_remembers(node: Rig, services: Services, f
     again = {sport: asked(node, family, sport, "tcp", "A") for sport in first}
     found = sum(again[sport] == first[sport] for sport in first)
     assert found >= len(first) * 3 // 4, "four choices of two miss one in sixteen"
+
+
+@both
+@kinds
+def test_answer_without_a_conntrack_row_is_an_answer_still(
+    node: Rig, services: Services, family: int, kind: str
+) -> None:
+    """The client's policies are asked in the connection's direction; a new one of the backend's is not let in."""
+    two, three, front = pod_address(2, family), pod_address(3, family), FRONT[family]
+    services.add(front, 53, [(three, 53)], protocol=NUMBER[kind])
+    node.apply({2: (dns(EGRESS), nothing(INGRESS)), 3: (nothing(EGRESS), dns(INGRESS))})
+    send(node, 2, packet(kind, two, front, 4000, 53))
+    node.pods[3].wire.receive()
+    for name in ("ct", "ct_new"):
+        table = node.path.map(name)
+        table.delete_many(table.dump()[0])
+    node.changed()
+    send(node, 3, packet(kind, three, two, 53, 4000, "SA"))
+    assert node.pods[2].wire.receive() == node.to_pod(2, packet(kind, front, two, 53, 4000, "SA"))
+    (row,) = node.passed(INGRESS).connections
+    assert (row["source"], row["identity"]) == (two, [1002, 1003])
+    assert flags(node) == [{"SERVICE", "SEEN_REPLY"}]
+    if kind == "tcp":
+        send(node, 3, tcp(three, two, 53, 4000))
+    else:
+        send(node, 3, udp(three, two, 53, 4001))
+    node.refused("POLICY_DENIED", EGRESS)
 
 
 @both
