@@ -40,7 +40,7 @@ class Counter:
 
 
 class Conntrack:
-    """Rows of connections (``ct``, ``ct_new``), of masquerading (``nat``), of services (``translations``) and of fragments."""
+    """Rows of connections (``ct``, ``ct_new``), masquerading (``nat``), services (``translations``) and fragments."""
 
     def __init__(self, tables: Mapping[str, Table], btf: Btf) -> None:
         self._connections = [tables["ct"], tables["ct_new"]]
