@@ -91,8 +91,8 @@ def can_destroy() -> bool:
     """Return whether this kernel destroys sockets when asked (CONFIG_INET_DIAG_DESTROY, CONFIG_INET_UDP_DIAG)."""
     try:
         with _Diag() as diag:
-            # Of a socket that cannot be: port 0. ENOENT also says that the kernel has no diagnosis of UDP: ask for that.
-            list(diag.udp(socket.AF_INET))
+            list(diag.udp(socket.AF_INET))  # without diagnosis of UDP this fails, while below it were ENOENT
+            # A socket that cannot be: port 0.
             return diag.destroy(socket.AF_INET, bytes(40) + _ANY_COOKIE) in _GONE
     except OSError:
         return False
