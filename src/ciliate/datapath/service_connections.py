@@ -5,6 +5,7 @@ live one in maps that evict the least recently used.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ from ciliate.datapath.maps import Array, Table
 
 Mask = npt.NDArray[np.bool_]
 Verdict = Callable[[Array, Array], Mask]
-_SECOND = 1_000_000_000
+_SECOND: Final = 1_000_000_000
 
 
 class ServiceConnections:
@@ -78,3 +79,13 @@ def _sweep(table: Table, dead: Verdict) -> int:
         latest, found = table.lookup_many(gone)
         deleted += table.delete_many(gone[found & dead(gone, latest)])
     return deleted
+
+
+def greatest(tables: Mapping[str, Table], column: str) -> int:
+    """Return the greatest ``backend`` or ``service`` that rows of connections name: they may outlive it."""
+    most = 0
+    for name in ("affinities", "translations", "socket_peers"):
+        for keys, values in tables[name].chunks():
+            rows = keys if column in (keys.dtype.names or ()) else values
+            most = max(most, int(rows[column].max(initial=0)))
+    return most
