@@ -49,5 +49,6 @@ def routed(stack: ExitStack, name: str, addresses: tuple[IPv4Address, ...]) -> R
         pod.ip("route", "add", f"{GATEWAY}/32", "dev", "eth0")
         pod.ip("route", "add", "default", "via", str(GATEWAY))
         pods.append(pod)
-    many_connections(pods[0])
+    for pod in pods:
+        many_connections(pod)
     return Routed(node, tuple(pods), outside)
