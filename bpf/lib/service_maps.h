@@ -242,3 +242,25 @@ struct {
 	__type(value, struct socket_peer);
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } socket_peers SEC(".maps");
+
+/* Which backend an unconnected UDP socket's datagrams to a frontend go to: the same as long as they go on, as if it
+ * were a connection.
+ */
+struct socket_flow {
+	union addr addr; /* the backend's */
+	__be16 port;
+	__u16 pad;
+	__u32 service;
+	__u32 backend;
+	__u32 spare;
+	__u64 used; /* expiry_clock(), to a second */
+};
+_Static_assert(sizeof(struct socket_flow) == 40, "struct socket_flow has no implicit padding");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct socket_peer_key); /* with the frontend's address and port */
+	__type(value, struct socket_flow);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} socket_flows SEC(".maps");
