@@ -1,4 +1,4 @@
-"""UDP from outside to a node port whose backend is on another node: XDP, tc, iptables and nftables, in packets a second."""
+"""UDP from outside to a node port whose backend is on another node: packets a second by XDP, tc, iptables, nftables."""
 
 import json
 from contextlib import ExitStack
