@@ -32,7 +32,7 @@ NODE_PORTS: Final = 1000
 """Services that have a node port, where there are so many."""
 MILLISECONDS: Final = 100
 _ASKED: Final = 16
-CGROUPS: Final = Path("/sys/fs/cgroup/unified")
+CGROUPS: Final = next(Path(f"/sys/fs/cgroup/{part}") for part in ("unified", "") if Path(f"/sys/fs/cgroup/{part}/cgroup.procs").exists())
 _CGROUP_HOOKS: Final = {"connect4": 10, "getpeername4": 29, "sock_release": 34}
 
 
