@@ -210,6 +210,17 @@ static __always_inline bool sock_only_asks(const struct sock_call *c)
 	return c->connect && c->w.protocol == IPPROTO_UDP && !c->w.node && !bpf_map_lookup_elem(&frontends, &key);
 }
 
+/* A UDP socket may connect again, and now has chosen the address itself. */
+static __always_inline void sock_forget(const struct sock_call *c)
+{
+	struct socket_peer_key key = {
+		.socket = c->socket, .addr = c->w.addr, .port = c->w.port, .protocol = c->w.protocol
+	};
+
+	if (bpf_map_lookup_elem(&socket_peers, &key))
+		bpf_map_delete_elem(&socket_peers, &key);
+}
+
 /* Returns enum sock_result. */
 static __always_inline int sock_translate(struct bpf_sock_addr *ctx, struct sock_call *c)
 {
@@ -230,8 +241,11 @@ static __always_inline int sock_translate(struct bpf_sock_addr *ctx, struct sock
 		return SOCK_REFUSED;
 	}
 	/* SERVICE_DROP: tc decides. A backend of the other family would need another socket. */
-	if (result != SERVICE_FOUND || addr_is_v4(&c->w.to.addr) != addr_is_v4(&c->w.addr))
+	if (result != SERVICE_FOUND || addr_is_v4(&c->w.to.addr) != addr_is_v4(&c->w.addr)) {
+		if (c->connect && c->w.protocol == IPPROTO_UDP)
+			sock_forget(c);
 		return SOCK_UNCHANGED;
+	}
 	sock_remember(c);
 	if (!c->known)
 		sock_report(c, VERDICT_FORWARDED, DROP_NONE);

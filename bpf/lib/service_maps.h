@@ -176,7 +176,9 @@ enum translation_dir {
 	TRANSLATION_BACK = 1, /* backend to client */
 };
 
-/* The client's end is as the backend sees it; `peer`: the frontend (OUT) or the backend (BACK). */
+/* `peer`: the frontend (OUT) or the backend (BACK). The client's address is its own; but in BACK of a hairpin it is the
+ * gateway, as the backend sees it.
+ */
 struct translation_key {
 	union addr client;
 	union addr peer;
@@ -191,7 +193,8 @@ enum translation_flag {
 	TRANSLATION_SNAT = 1 << 0, /* the client's address became this node's: its mapping is in `nat` */
 	TRANSLATION_DSR = 1 << 1,  /* the backend's node answers the client itself */
 	TRANSLATION_HAIRPIN =
-		1 << 2, /* client and backend are one pod: the client's address became the pods' gateway */
+		1 << 2,             /* client and backend are one pod: the client's address became the pods' gateway */
+	TRANSLATION_LOCAL = 1 << 3, /* the backend is a pod of this node, or this node */
 };
 
 /* Both rows of a translated connection; either may be evicted, the next packet of the client makes it anew. */

@@ -186,12 +186,34 @@ static __always_inline bool answers_proxy(struct scratch *s, bool from_b)
 	return found;
 }
 
+/* Keeps CT_SERVICE true of the connection's last packet from the originator; 0 or a negated drop reason. A pod may speak
+ * with a backend through a service and past it from one port: UDP is answered as it last asked, TCP has one connection.
+ */
+static __always_inline int track_service(struct scratch *s, struct ct_entry *e)
+{
+	if (s->service && !(e->flags & CT_SERVICE)) {
+		__sync_fetch_and_or(&e->flags, CT_SERVICE);
+	} else if (!s->service && e->flags & CT_SERVICE && s->observation == OBS_FROM_POD) {
+		if (s->p.protocol == IPPROTO_TCP)
+			return -DROP_NAT_NO_MAPPING;
+		__sync_fetch_and_and(&e->flags, ~CT_SERVICE);
+	}
+	return 0;
+}
+
 static __always_inline int track_known(struct scratch *s, struct ct_entry *e, bool reply, bool embryonic)
 {
 	s->ct_state = reply ? CT_STATE_REPLY : CT_STATE_ESTABLISHED;
 	s->answers = reply;
 	if (e->epoch != s->epoch && (s->leg == LEG_DIRECT || s->ends[0].known))
 		decide_again(s, e, reply);
+	s->flags = e->flags;
+	if (!reply) {
+		int error = track_service(s, e);
+
+		if (error)
+			return error;
+	}
 	if (e->flags & CT_DENIED) {
 		s->rule[DIR_EGRESS] = e->rule[DIR_EGRESS];
 		s->rule[DIR_INGRESS] = e->rule[DIR_INGRESS];
@@ -204,11 +226,6 @@ static __always_inline int track_known(struct scratch *s, struct ct_entry *e, bo
 		return TRACK_TO_LISTENER;
 	}
 	return TRACK_FORWARD;
-}
-
-static __always_inline bool is_first_segment(const struct pkt *p)
-{
-	return p->protocol == IPPROTO_TCP && p->frag != FRAG_LATER && (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
 }
 
 /* A first segment that begins another connection: the row's is over or denied, or it comes from the wrong end, which a
@@ -269,6 +286,8 @@ static __noinline int track(struct scratch *s, int mode)
 		return ct_create(s, from_b, false, CT_SEEN_REPLY);
 	if (s->l7)
 		s->flags |= CT_PROXIED;
+	if (s->service)
+		s->flags |= CT_SERVICE;
 	if (anew && !s->settled)
 		bpf_map_delete_elem(&ct, &s->key); /* only now: a refused attempt leaves the row alone */
 	error = ct_create(s, from_b, reply, s->flags);

@@ -116,6 +116,8 @@ class Agent:
                 tunnel=config.routing_mode == "tunnel",
                 tunnel_port=config.tunnel_port,
                 masquerade=config.masquerade,
+                cgroup=config.socket_cgroup(),
+                socket_pods=config.socket_lb == "all",
                 max_entries=config.map_sizes,
                 host_exemptions=(*LEASES, *api_servers(config.api_servers)),
             )

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from ciliate.client import AgentClient, AgentError
 from ciliate.k8s.manifests import CLUSTER_WIDE_KINDS, ObjectKey, Raw
-from ciliate.lab import agents, fabric, netns, pods, state
+from ciliate.lab import agents, cgroups, fabric, netns, pods, state
 from ciliate.lab.objects import Change, Plan, Store, kind_of, plan, text_of
 from ciliate.lab.state import PodFile
 from ciliate.lab.topology import LabError, LabNode, Topology, netns_prefix
@@ -39,6 +39,7 @@ def up(topology: Topology, wanted: Mapping[ObjectKey, Raw], say: Say) -> dict[Ob
     if os.geteuid():
         raise LabError("the lab makes network namespaces and loads BPF programs: run it as root")
     agents.program("ciliated"), pods.relay()
+    cgroups.check()
     with state.locked(topology.cluster):
         if (topology.directory / "cluster.json").exists():
             raise LabError(f"cluster {topology.cluster}: it is up already; `ciliate lab down` ends it")
@@ -207,6 +208,17 @@ def netns_of(topology: Topology, name: str, namespace: str) -> str:
     raise LabError(f"pod {namespace}/{name}: not found; see `ciliate lab get pods`")
 
 
+def command_in(topology: Topology, name: str, namespace: str, command: Sequence[str]) -> list[str]:
+    """Return what runs a command as a process of what ``netns_of`` names. Error: LabError."""
+    inner = netns_of(topology, name, namespace)
+    pod = state.pods(topology).get((namespace, name.removeprefix("pod/")))
+    if name.startswith("node/"):
+        return cgroups.inside(topology, name.removeprefix("node/"), inner, command)
+    if pod is not None:
+        return cgroups.inside(topology, pod.node, inner, command)
+    return ["ip", "netns", "exec", inner, *command]
+
+
 def key_of(text: str, namespace: str) -> ObjectKey:
     """Return what ``KIND/NAME`` names. Error: LabError."""
     word, slash, name = text.partition("/")
@@ -236,8 +248,9 @@ def _clear(cluster: str) -> bool:
     for name in found:
         netns.remove(name)
     there = directory.exists()
-    for bpffs in directory.glob("nodes/*/bpf"):
-        _unmount(bpffs)
+    for mount in (*directory.glob("nodes/*/bpf"), *directory.glob("nodes/*/cgroup")):
+        _unmount(mount)
+    there |= cgroups.remove(cluster)
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(directory)
     return bool(found) or there

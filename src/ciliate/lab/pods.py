@@ -14,7 +14,7 @@ import msgspec
 
 import ciliate
 from ciliate.k8s.manifests import ObjectKey, Raw
-from ciliate.lab import netns, state
+from ciliate.lab import cgroups, netns, state
 from ciliate.lab.agents import log_tail, spawn
 from ciliate.lab.objects import Container, EnvVar, Probe, containers_of, text_of
 from ciliate.lab.state import PodFile, Process
@@ -123,7 +123,7 @@ def _start_container(topology: Topology, node: LabNode, pod: PodFile, raw: Raw, 
     command = [*one.command, *one.args]
     if one.working_dir:
         command = ["env", "-C", one.working_dir, *command]
-    return spawn(one.name, pod.netns, command, log, env)
+    return spawn(one.name, cgroups.inside(topology, node.name, pod.netns, command), log, env)
 
 
 def _value(variable: EnvVar, node: LabNode, pod: PodFile) -> str:
