@@ -18,8 +18,8 @@ from bench.kubeproxy import PORT, Service
 from bench.routed import routed
 from bench.sites import CLIENT, NETBENCH, SERVER, ours
 from bench.space import Netns
-from ciliate.datapath._libbpf import lib
 from ciliate.datapath.btf import DType
+from ciliate.datapath.cgroupfs import find_mount
 from ciliate.datapath.maps import Array
 from ciliate.datapath.node import Datapath
 from ciliate.loadbalancer.model import TCP
@@ -32,8 +32,6 @@ NODE_PORTS: Final = 1000
 """Services that have a node port, where there are so many."""
 MILLISECONDS: Final = 100
 _ASKED: Final = 16
-CGROUPS: Final = next(Path(f"/sys/fs/cgroup/{part}") for part in ("unified", "") if Path(f"/sys/fs/cgroup/{part}/cgroup.procs").exists())
-_CGROUP_HOOKS: Final = {"connect4": 10, "getpeername4": 29, "sock_release": 34}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,18 +104,11 @@ def _enter_cgroup(cgroup: Path, command: Sequence[str]) -> list[str]:
 
 def sockets(stack: ExitStack, name: str, count: int) -> ServiceSite:
     """Pods on a node of ours whose sockets are given their backend."""
-    made = ours(stack, name, None)
+    cgroup = _cgroup(stack, name)
+    made = ours(stack, name, None, cgroup=cgroup)
     serve(stack, made.pods[1])
     listed, targets = workload(count)
     fill(made.path, listed)
-    cgroup = _cgroup(stack, name)
-    descriptor = os.open(cgroup, os.O_RDONLY)
-    stack.callback(os.close, descriptor)
-    for program, kind in _CGROUP_HOOKS.items():
-        link = lib.cil_link_create(made.path._object.programs[program].fd, descriptor, kind)
-        if link < 0:
-            raise OSError(-link, f"{program}: {os.strerror(-link)}")
-        stack.callback(os.close, link)
 
     def run(*command: str) -> str:
         # The cgroup first: `ip netns exec` mounts a /sys of its own.
@@ -127,9 +118,21 @@ def sockets(stack: ExitStack, name: str, count: int) -> ServiceSite:
     return ServiceSite(run, targets)
 
 
+def packets(stack: ExitStack, name: str, count: int) -> ServiceSite:
+    """Pods on a node of ours whose packets are given their backend in tc."""
+    made = ours(stack, name, None)
+    serve(stack, made.pods[1])
+    listed, targets = workload(count)
+    fill(made.path, listed)
+    return ServiceSite(made.pods[0].run, targets)
+
+
 def _cgroup(stack: ExitStack, name: str) -> Path:
     """Return a cgroup of the benchmark's own."""
-    cgroup = CGROUPS / f"bench-{os.getpid()}-{name}"
+    mount = find_mount()
+    if mount is None:
+        raise RuntimeError("no cgroup v2 hierarchy is mounted: the benchmarks of services need one")
+    cgroup = mount / f"bench-{os.getpid()}-{name}"
     cgroup.mkdir()
     stack.callback(cgroup.rmdir)
     return cgroup

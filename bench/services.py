@@ -25,7 +25,7 @@ _NAMES: Final = {
     "xdp": "Ciliate, XDP",
     "tc": "Ciliate, tc",
 }
-_OURS: Final[tuple[str, ...]] = ("sockets",)
+_OURS: Final[tuple[str, ...]] = ("sockets", "packets")
 _PEERS: Final = ("iptables", "nftables")
 _METRICS: Final = {
     "per_s": ("connections", "1/s"),
@@ -119,6 +119,7 @@ def _interleaved(measures: dict[K, Callable[[], V]], rounds: int, progress: Call
 def _site(stack: ExitStack, system: str, size: int) -> ServiceSite:
     make = {
         "sockets": service_sites.sockets,
+        "packets": service_sites.packets,
         "iptables": service_sites.iptables,
         "nftables": service_sites.nftables,
     }
