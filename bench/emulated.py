@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -20,8 +21,8 @@ from bench.service_sites import ServiceSite
 from bench.sites import CLIENT, SERVER
 
 TOOLS: Final = Path(__file__).parent.parent / "build/ipvs"
-SIZES: Final = (1, 1_000, 10_000)
-ROUNDS: Final = 9
+SIZES: Final = (1, 10_000)
+ROUNDS: Final = 11
 _MODULES: Final = ("ip_vs_rr", "dummy", "ip_set_hash_ipport", "ip_set_hash_ipportip", "ip_set_hash_ip", "xt_set")
 
 
@@ -44,10 +45,11 @@ def _measure(sizes: tuple[int, ...]) -> Iterator[tuple[str, int, dict[str, float
     with ExitStack() as stack:
         sites = []
         for size in sizes:
-            sites.append(("ipvs", size, ipvs(stack, f"ipvs-{size}", size)))
-            sites.append(("sockets", size, service_sites.sockets(stack, f"sockets-{size}", size)))
-            print(f"services: emulated: {size:,} services", flush=True)
+            for system, make in (("ipvs", ipvs), ("sockets", service_sites.sockets)):
+                sites.append((system, size, make(stack, f"{system}-{size}", size)))
+                print(f"{time.monotonic():.0f} s: {system}, {size:,} services", flush=True)
         for number in range(ROUNDS + 1):
+            print(f"{time.monotonic():.0f} s: round {number}", flush=True)
             for system, size, site in sites[number % len(sites) :] + sites[: number % len(sites)]:
                 found = site.measure()
                 if number:  # the first warms

@@ -10,7 +10,11 @@ from typing import Final
 from bench import kubeproxy
 from bench.kubeproxy import Service
 from bench.routed import NODE, OUTSIDE, routed
-from bench.space import Netns
+from bench.space import Netns, bpffs, scratch
+from ciliate.datapath.ipcache import IpcacheRow
+from ciliate.datapath.maps import addr_bytes
+from ciliate.datapath.node import Datapath, DatapathConfig
+from ciliate.loadbalancer.model import UDP, Scope
 
 FRAMEGEN: Final = str(Path(__file__).parent.parent / "build/framegen")
 MILLISECONDS: Final = 100
@@ -20,7 +24,6 @@ OTHER_NODE: Final = IPv4Address("192.0.2.2")
 _OTHER_NODE_MAC: Final = "02:00:00:00:00:02"
 """Nobody has it: what is forwarded goes no further than the device's other end."""
 _SOURCE_PORT: Final = 40000
-_UDP: Final = 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,7 @@ def datagram(source_mac: bytes, node_mac: bytes, port: int) -> str:
     payload = bytes(18)
     udp = _SOURCE_PORT.to_bytes(2) + port.to_bytes(2) + (8 + len(payload)).to_bytes(2) + bytes(2)
     length = (20 + len(udp) + len(payload)).to_bytes(2)
-    head = b"\x45\x00" + length + b"\x00\x01\x40\x00\x40" + bytes([_UDP])
+    head = b"\x45\x00" + length + b"\x00\x01\x40\x00\x40" + bytes([UDP])
     ends = OUTSIDE.packed + NODE.packed
     ip = head + _checksum(head + ends).to_bytes(2) + ends
     return (node_mac + source_mac + b"\x08\x00" + ip + udp + payload).hex()
@@ -93,3 +96,41 @@ def kube_proxy(stack: ExitStack, name: str, mode: str) -> Forwarder:
     way_to_backend(site.node)
     frame = datagram(_mac(site.outside, "eth0"), _mac(site.node, "eth0"), service().node_port)
     return Forwarder(site.outside, frame, "stack")
+
+
+def ciliate(stack: ExitStack, name: str) -> Forwarder:
+    """A node of ours that routes natively."""
+    site = routed(stack, name, ())
+    way_to_backend(site.node)
+    config = DatapathConfig(
+        node_name=name,
+        bpffs=bpffs(stack),
+        state_dir=scratch(stack),
+        device="eth0",
+        ipv6=False,
+        tunnel=False,
+        node_v4=NODE,
+    )
+    path = site.node.do(lambda: Datapath.open(config))
+    stack.callback(site.node.do, path.remove)
+    path.ipcache.upsert(
+        {
+            f"{NODE}/32": IpcacheRow(identity=1, node=True),
+            f"{OTHER_NODE}/32": IpcacheRow(identity=6, node=True),
+            f"{BACKEND}/32": IpcacheRow(identity=1001, pod=True),
+        }
+    )
+    _fill(path)
+    frame = datagram(_mac(site.outside, "eth0"), _mac(site.node, "eth0"), service().node_port)
+    return Forwarder(site.outside, frame, "stack")
+
+
+def _fill(path: Datapath) -> None:
+    """Write the rows of the Service's node port."""
+    backends, slots, frontends = (path.map(name) for name in ("backends", "slots", "frontends"))
+    backends.set(1, {"addr": addr_bytes(BACKEND), "port": service().endpoints[0][1], "protocol": UDP})
+    slots.set({"set": 1, "slot": 0}, 1)
+    any_node = addr_bytes(IPv4Address(0))
+    for scope in Scope:
+        key = {"addr": any_node, "port": service().node_port, "protocol": UDP, "scope": scope}
+        frontends.set(key, {"service": 1, "set": 1, "count": 1})
