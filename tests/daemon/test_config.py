@@ -26,6 +26,13 @@ def test_values_are_read() -> None:
     assert config.socket == Path("/run/ciliate/ciliate.sock")
 
 
+def test_options_of_services_are_read() -> None:
+    config = build(VALID | {"node_port_range": "20000-20100", "lb_mode": "dsr", "maglev_table_size": "251"})
+    assert (config.node_port_range, config.lb_mode, config.maglev_table_size) == ((20000, 20100), "dsr", 251)
+    assert (config.kube_proxy_replacement, config.lb_algorithm) == (True, "random")
+    assert build(VALID | {"kube_proxy_replacement": "false"}).kube_proxy_replacement is False
+
+
 def test_a_family_that_is_off_has_no_range() -> None:
     assert build(VALID | {"ipv6": False}).cidrs() == (ip_network("10.1.0.0/24"),)
 
@@ -52,6 +59,12 @@ def test_a_flag_wins_over_the_file(tmp_path: Path) -> None:
         ({"ipv4": False, "ipv6": False}, "ipv4, ipv6: one of them must be on"),
         ({"ipv4": "maybe"}, "ipv4: 'maybe' is not valid"),
         ({"tunnel_port": 0}, "tunnel-port: 0 is not in 1..65535"),
+        ({"node_port_range": "30000"}, "node-port-range: '30000' is not valid"),
+        ({"node_port_range": "40000-30000"}, "node-port-range: 40000-30000 is no range"),
+        ({"lb_algorithm": "leastconn"}, "lb-algorithm: 'leastconn' is not valid"),
+        ({"lb_mode": "hybrid"}, "lb-mode: 'hybrid' is not valid"),
+        ({"maglev_table_size": "1000"}, "maglev-table-size: 1000 is none of 251, "),
+        ({"kube_proxy_replacement": "partial"}, "kube-proxy-replacement: 'partial' is not valid"),
     ],
 )
 def test_bad_values_name_the_option(change: dict[str, object], message: str) -> None:

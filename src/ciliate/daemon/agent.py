@@ -116,6 +116,8 @@ class Agent:
                 tunnel=config.routing_mode == "tunnel",
                 tunnel_port=config.tunnel_port,
                 masquerade=config.masquerade,
+                node_ports=config.node_port_range,
+                maglev_size=config.maglev_table_size,
                 cgroup=config.socket_cgroup(),
                 socket_pods=config.socket_lb == "all",
                 max_entries=config.map_sizes,

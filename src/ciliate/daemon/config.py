@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 import yaml
 
 from ciliate.datapath.cgroupfs import find_mount
+from ciliate.loadbalancer.model import Algorithm, Forwarding
 
 _CLUSTER: Final = re.compile(r"[a-z0-9]([-a-z0-9]{0,30}[a-z0-9])?")
 Network = IPv4Network | IPv6Network
@@ -40,6 +41,11 @@ class AgentConfig:
     routing_mode: Literal["tunnel", "native"] = "tunnel"
     masquerade: bool = True
     tunnel_port: int = 8472
+    kube_proxy_replacement: bool = True
+    node_port_range: tuple[int, int] = (30000, 32767)
+    lb_algorithm: Algorithm = Algorithm.RANDOM
+    lb_mode: Forwarding = Forwarding.SNAT
+    maglev_table_size: int = 16381
     api_servers: tuple[tuple[IPv4Address | IPv6Address, int], ...] = ()
     socket_lb: Literal["all", "host", "off"] = "all"
     cgroup_root: Path | None = None
@@ -81,6 +87,8 @@ class AgentConfig:
         return tuple(c for c in self.pod_cidrs if (self.ipv4 if c.version == 4 else self.ipv6))
 
 
+MAGLEV_SIZES: Final = (251, 509, 1021, 2039, 4093, 8191, 16381, 32749, 65521, 131071)
+"""Primes; about a hundred positions a backend keep shares even. Source: Cilium's `loadBalancer.maglev.tableSize`."""
 _HELP: Final[Mapping[str, str]] = {
     "node_name": "name of this node, as in `spec.nodeName` of its pods",
     "device": "underlay interface, for example eth0",
@@ -98,6 +106,15 @@ _HELP: Final[Mapping[str, str]] = {
     "routing_mode": "tunnel (VXLAN) or native (default: tunnel)",
     "masquerade": "pods leave the cluster with the node's address (default: true)",
     "tunnel_port": "UDP port of the overlay (default: 8472)",
+    "kube_proxy_replacement": "serve Services; false: kube-proxy does (default: true)",
+    "node_port_range": "ports of services of type NodePort and LoadBalancer, as the API server has them "
+    "(default: 30000-32767)",
+    "lb_algorithm": "how a connection is given its backend where a service does not say: random or maglev "
+    "(default: random)",
+    "lb_mode": "how connections from outside reach backends on other nodes where a service does not say: snat, or dsr "
+    "(the backend's node answers the client itself) (default: snat)",
+    "maglev_table_size": f"positions of a Maglev table, the same on all nodes: {', '.join(map(str, MAGLEV_SIZES))} "
+    "(default: 16381)",
     "api_servers": "Kubernetes API servers, ADDRESS:PORT, comma-separated: no node policy keeps this node from them, "
     "and one that cuts them off all the same is taken back",
     "socket_lb": "whose sockets are given their backend when they connect to a service: all, host (not those of pods: "
@@ -159,10 +176,17 @@ def _read(name: str, value: Any) -> Any:
     option = name.replace("_", "-")
     try:
         match name:
-            case "ipv4" | "ipv6" | "masquerade":
+            case "ipv4" | "ipv6" | "masquerade" | "kube_proxy_replacement":
                 return value if isinstance(value, bool) else {"true": True, "false": False}[str(value).lower()]
-            case "cluster_id" | "tunnel_port":
+            case "cluster_id" | "tunnel_port" | "maglev_table_size":
                 return int(value)
+            case "node_port_range":
+                low, _, high = str(value).partition("-")
+                return int(low), int(high)
+            case "lb_algorithm":
+                return Algorithm(str(value))
+            case "lb_mode":
+                return Forwarding(str(value))
             case "node_ips":
                 return tuple(ip_address(one) for one in _listed(value))
             case "api_servers":
@@ -210,6 +234,7 @@ def _check(config: AgentConfig) -> None:
         raise ConfigError("cni-plugin: must be the path of ciliate-cni, because cni-bin-dir is set")
     if not 1 <= config.tunnel_port <= 65535:
         raise ConfigError(f"tunnel-port: {config.tunnel_port} is not in 1..65535")
+    _check_services(config)
     for what, versions in (
         ("node-ips", [a.version for a in config.node_ips]),
         ("pod-cidrs", [c.version for c in config.pod_cidrs]),
@@ -219,3 +244,12 @@ def _check(config: AgentConfig) -> None:
     for version, on in ((4, config.ipv4), (6, config.ipv6)):
         if on and not any(c.version == version for c in config.pod_cidrs):
             raise ConfigError(f"pod-cidrs: no IPv{version} range, though ipv{version} is on")
+
+
+def _check_services(config: AgentConfig) -> None:
+    low, high = config.node_port_range
+    if not 1 <= low <= high <= 65535:
+        raise ConfigError(f"node-port-range: {low}-{high} is no range in 1..65535")
+    if config.maglev_table_size not in MAGLEV_SIZES:
+        sizes = ", ".join(map(str, MAGLEV_SIZES))
+        raise ConfigError(f"maglev-table-size: {config.maglev_table_size} is none of {sizes}")
