@@ -366,7 +366,7 @@ class _Allocations:
         return None
 
     def _obstacle(self, claimant: _Claimant, address: Address, covering: _Range) -> tuple[str, str] | None:
-        users = covering.users.get(int(address), ())
+        users = sorted(covering.users.get(int(address), ()), key=lambda one: one.order)
         if users and not claimant.request.sharing_key:
             return "already_allocated", f"{address} is allocated to {users[0].request.owner}"
         for user in users:
