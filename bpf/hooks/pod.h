@@ -94,6 +94,7 @@ int from_pod(struct __sk_buff *skb)
 	if (!ep)
 		return drop(s, -DROP_NO_ENDPOINT);
 	end_of_endpoint(&s->ends[0], ep);
+	s->client_netns = ep->netns;
 	skb->mark = 0;
 	if (skb->vlan_present) /* the tag would leave the node with the packet */
 		return drop(s, -DROP_UNSUPPORTED_L3);
@@ -149,6 +150,11 @@ int from_pod(struct __sk_buff *skb)
 		if (s->service && service_undo(skb, s))
 			return drop(s, -DROP_WRITE_ERROR);
 		return too_big_answer(skb, s, ep, mtu);
+	}
+	if (s->kind != DEST_POD && answers_service(s)) {
+		result = service_back(skb, s);
+		if (result <= 0)
+			return drop(s, result ?: -DROP_NAT_NO_MAPPING);
 	}
 	switch (s->kind) {
 	case DEST_POD:

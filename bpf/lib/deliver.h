@@ -149,6 +149,7 @@ static __always_inline struct scratch *start(struct __sk_buff *skb, __u8 observa
 	s->flags = 0;
 	s->service = 0;
 	s->made = 0;
+	s->dsr = 0;
 	s->client_netns = 0;
 	s->l7 = 0;
 	s->rule[DIR_EGRESS] = s->rule[DIR_INGRESS] = 0;
@@ -223,10 +224,12 @@ static __always_inline int send_native(struct __sk_buff *skb, struct scratch *s)
 	return bpf_redirect_neigh(config_native_ifindex, NULL, 0, 0);
 }
 
-/* A reply to what came by the overlay goes back that way, to a node's address too, or nowhere. 0 or a drop reason. */
+/* A reply to what came by the overlay goes back that way, to a node's address too, or nowhere; but to a client whom another
+ * node passed on it goes straight. 0 or a drop reason.
+ */
 static __always_inline int route_replies(struct scratch *s)
 {
-	if (s->kind != DEST_NATIVE || !(s->flags & CT_TUNNEL) || s->ct_state == CT_STATE_NEW)
+	if (s->kind != DEST_NATIVE || (s->flags & (CT_TUNNEL | CT_DSR)) != CT_TUNNEL || s->ct_state == CT_STATE_NEW)
 		return 0;
 	if (s->dest_node != 1) /* a pod whose node the ipcache does not know (yet, or any more) */
 		return -DROP_NO_TUNNEL_ENDPOINT;

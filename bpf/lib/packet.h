@@ -129,8 +129,8 @@ struct scratch {
 	struct translation chosen;   /* as the row of `out`: the backend; `flags` say where it is */
 	union addr frontend;         /* that the packet was sent to, while `service` is set */
 	__be16 frontend_port;
-	__u8 made; /* the packet is the first of its translation */
-	__u8 pad;
+	__u8 made;          /* the packet is the first of its translation */
+	__u8 dsr;           /* `frontend` came in the packet: its node asks this one to answer the client */
 	__u32 service;      /* number, of a packet that was translated to its backend; else 0 */
 	__u64 client_netns; /* cookie of the sending pod's network namespace, 0: not known */
 };

@@ -186,7 +186,8 @@ static __noinline int choose(struct scratch *s, const struct frontend *f, int *s
 	s->chosen.service = s->wish.service;
 	s->chosen.state = 0;
 	s->chosen.flags = s->wish.to.flags & BACKEND_LOCAL ? TRANSLATION_LOCAL : 0;
-	if (addr_equal(&s->p.saddr, &s->chosen.addr))
+	/* From outside it is another node that is given itself: its answer must come back here like any other. */
+	if (s->observation != OBS_FROM_NETDEV && addr_equal(&s->p.saddr, &s->chosen.addr))
 		s->chosen.flags |= TRANSLATION_HAIRPIN;
 	*seat = seat_of(s);
 	return SERVICE_FOUND;
@@ -325,6 +326,9 @@ static __noinline int rows_of_client(struct scratch *s)
 	if (is_first_segment(&s->p) && ct_closed(state))
 		state = 0;
 	state = ct_flags_after(state, s->p.tcp_flags, false);
+	/* The answers do not come by here, but a client that goes on has had one. */
+	if (s->chosen.flags & TRANSLATION_DSR && is_under_way(&s->p))
+		state |= CT_SEEN_REPLY;
 	s->chosen.state = state;
 	s->chosen.expires = s->now + ct_life(s->p.protocol, state);
 	if (out) {
@@ -364,6 +368,8 @@ static __always_inline void rows_of_backend(struct scratch *s, struct translatio
 	s->chosen.expires = s->now + ct_life(s->p.protocol, state);
 	back->state = state;
 	back->expires = s->chosen.expires;
+	if (!out && s->chosen.flags & TRANSLATION_DSR)
+		return; /* the client's packets have theirs on the node that was asked */
 	if (!out) {
 		s->chosen.state = state;
 		s->chosen.addr = s->back.peer;
