@@ -36,6 +36,9 @@ from ciliate.datapath.netlink import LinkState, Netlink, Network
 from ciliate.datapath.object import BpfObject, ConfigValue, LoadError
 from ciliate.datapath.policy import Desired, Known, PolicyMaps, PolicyReport
 from ciliate.datapath.rule_ids import RuleIds
+from ciliate.datapath.service_connections import ServiceConnections
+from ciliate.datapath.services import Services
+from ciliate.loadbalancer.maglev import maglev_table
 
 SCHEMA: Final = "v1"
 """The layouts' version, SCHEMA_VERSION in bpf/lib/maps.h; part of the pins' path."""
@@ -99,6 +102,8 @@ class Datapath:
         self.sockets = CgroupLinks(links.root.with_name("cgroup"))
         self._object: BpfObject
         self._devices: NodeDevices
+        self.netns_cookies: dict[IPv4Address | IPv6Address, int] = {}
+        """Of the network namespace of each local pod's address, for redirects that a pod passes by; the caller's."""
         self._freed: set[str] = set()
         self._freed_lock = threading.Lock()
         self._policy_lock = threading.Lock()
@@ -209,6 +214,15 @@ class Datapath:
         self.rule_ids = RuleIds(self.config.state_dir / "rules.json")
         self.policy = PolicyMaps(maps, self.endpoints, self.epoch, self.rule_ids, grace=grace_period)
         self.conntrack = Conntrack(maps, btf)
+        self.services = Services(
+            maps,
+            btf,
+            grace=grace_period,
+            maglev_size=self.config.maglev_size,
+            maglev=maglev_table,
+            cookies=self.netns_cookies,
+        )
+        self.service_connections = ServiceConnections(maps)
         self.listeners = Listeners(maps["listeners"])
         self.exemptions = Exemptions(maps["exemptions"], self.epoch)
 
@@ -367,7 +381,7 @@ class Datapath:
 
     def usage(self) -> dict[str, tuple[int, int]]:
         """Return (rows used, rows that fit) of each table. Walks the maps: some milliseconds a 10,000 rows."""
-        quick = self.policy.usage()
+        quick = self.policy.usage() | self.services.usage()
         return {
             name: quick[name] if name in quick else (one.count(), one.max_entries)
             for name, one in self._object.maps.items()

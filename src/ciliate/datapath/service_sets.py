@@ -20,6 +20,7 @@ import numpy as np
 from ciliate.datapath.btf import Btf
 from ciliate.datapath.endpoints import btf_constant
 from ciliate.datapath.maps import V4_PREFIX, Array, Table, addr_bytes, joined, raw_rows
+from ciliate.datapath.policy_contents import runs
 from ciliate.loadbalancer.model import Algorithm, Backend
 
 MaglevTable = Callable[[Sequence[Backend], int], Array]
@@ -65,7 +66,7 @@ class BackendSet:
     users: int = 0
     died: int = 0
 
-    def words(self) -> array[int]:
+    def words(self) -> "array[int]":
         """Return the content."""
         words = array("I")
         words.frombytes(self.content)
@@ -234,9 +235,7 @@ class BackendSets:
         keys, values = self.slots.dump()
         order = np.lexsort((keys["slot"], keys["set"]))
         keys, values = keys[order], values[order]
-        numbers, starts = np.unique(keys["set"], return_index=True)
-        ends = np.append(starts[1:], len(keys))
-        for number, start, end in zip(numbers.tolist(), starts.tolist(), ends.tolist(), strict=True):
+        for number, (start, end) in runs(keys["set"]).items():
             table = tables.pop(number, None)
             content = self._found_content(keys["slot"][start:end], values[start:end], table is not None)
             if content is None:
@@ -267,11 +266,9 @@ class BackendSets:
         keys, values = self.maglev.dump()
         order = np.lexsort((keys["chunk"], keys["set"]))
         keys, values = keys[order], values[order]
-        numbers, starts = np.unique(keys["set"], return_index=True)
-        ends = np.append(starts[1:], len(keys))
-        runs = dict(zip(numbers.tolist(), zip(starts.tolist(), ends.tolist(), strict=True), strict=True))
-        digests = {number: _digest(values[start:end]) for number, (start, end) in runs.items()}
-        return digests, {number: keys[start:end] for number, (start, end) in runs.items()}
+        found = runs(keys["set"])
+        digests = {number: _digest(values[start:end]) for number, (start, end) in found.items()}
+        return digests, {number: keys[start:end] for number, (start, end) in found.items()}
 
     def _found_content(self, places: Array, values: Array, table: bool) -> bytes | None:
         """Return the content that rows of a set say; None: no set is written so, its writer was interrupted."""
