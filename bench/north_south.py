@@ -10,11 +10,11 @@ from typing import Final
 from bench import kubeproxy
 from bench.kubeproxy import Service
 from bench.routed import NODE, OUTSIDE, routed
+from bench.service_sites import fill
 from bench.space import Netns, bpffs, scratch
 from ciliate.datapath.ipcache import IpcacheRow
-from ciliate.datapath.maps import addr_bytes
 from ciliate.datapath.node import Datapath, DatapathConfig
-from ciliate.loadbalancer.model import UDP, Scope
+from ciliate.loadbalancer.model import UDP
 
 FRAMEGEN: Final = str(Path(__file__).parent.parent / "build/framegen")
 MILLISECONDS: Final = 100
@@ -120,17 +120,6 @@ def ciliate(stack: ExitStack, name: str) -> Forwarder:
             f"{BACKEND}/32": IpcacheRow(identity=1001, pod=True),
         }
     )
-    _fill(path)
+    fill(path, [service()])
     frame = datagram(_mac(site.outside, "eth0"), _mac(site.node, "eth0"), service().node_port)
     return Forwarder(site.outside, frame, "stack")
-
-
-def _fill(path: Datapath) -> None:
-    """Write the rows of the Service's node port."""
-    backends, slots, frontends = (path.map(name) for name in ("backends", "slots", "frontends"))
-    backends.set(1, {"addr": addr_bytes(BACKEND), "port": service().endpoints[0][1], "protocol": UDP})
-    slots.set({"set": 1, "slot": 0}, 1)
-    any_node = addr_bytes(IPv4Address(0))
-    for scope in Scope:
-        key = {"addr": any_node, "port": service().node_port, "protocol": UDP, "scope": scope}
-        frontends.set(key, {"service": 1, "set": 1, "count": 1})

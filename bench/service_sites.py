@@ -4,25 +4,31 @@ import json
 import os
 import random
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Any, Final
-
-import numpy as np
+from typing import Final
 
 from bench import kubeproxy
 from bench.kubeproxy import PORT, Service
 from bench.routed import routed
 from bench.sites import CLIENT, NETBENCH, SERVER, ours
 from bench.space import Netns
-from ciliate.datapath.btf import DType
 from ciliate.datapath.cgroupfs import find_mount
-from ciliate.datapath.maps import Array
 from ciliate.datapath.node import Datapath
-from ciliate.loadbalancer.model import TCP
+from ciliate.loadbalancer.model import (
+    TCP,
+    UDP,
+    Backend,
+    Changes,
+    Frontend,
+    FrontendAddress,
+    FrontendKind,
+    Owner,
+    Scope,
+)
 
 BACKENDS: Final = ((SERVER, 8080), (SERVER, 8081))
 """Two servers, for all Services that are asked for; on the client's core, as with all connection benchmarks."""
@@ -138,57 +144,31 @@ def _cgroup(stack: ExitStack, name: str) -> Path:
     return cgroup
 
 
-def _rows(dtype: DType, length: int, /, **columns: Any) -> Array:
-    rows = np.zeros(length, dtype)
-    for name, column in columns.items():
-        rows[name] = column
-    return rows
+def frontends(listed: Sequence[Service], node: str = "bench") -> Changes:
+    """Return what the load balancer would make of the Services: cluster addresses, and node ports for both scopes."""
+    return {_owner(service): tuple(_frontends(service, node)) for service in listed}
 
 
-def _addresses(numbers: Array) -> Array:
-    """Return ``union addr`` of IPv4 addresses."""
-    mapped = np.zeros((len(numbers), 16), np.uint8)
-    mapped[:, 10:12] = 255
-    mapped[:, 12:] = numbers.astype(">u4").view(np.uint8).reshape(-1, 4)
-    return mapped.view("V16").ravel()
+def _owner(service: Service) -> Owner:
+    return Owner("Service", service.namespace, service.name)
+
+
+def _frontends(service: Service, node: str) -> Iterator[Frontend]:
+    protocol = {"tcp": TCP, "udp": UDP}[service.protocol]
+    backends = tuple(
+        Backend(address=address, port=port, protocol=protocol, node=node, local=address == SERVER)
+        for address, port in service.endpoints
+    )
+    places = [(FrontendKind.CLUSTER_IP, service.address, service.port, Scope.CLUSTER)]
+    if service.node_port:
+        places += [(FrontendKind.NODE_PORT, IPv4Address(0), service.node_port, scope) for scope in Scope]
+    for kind, address, port, scope in places:
+        at = FrontendAddress(address=address, port=port, protocol=protocol, scope=scope)
+        yield Frontend(at=at, kind=kind, owner=_owner(service), port_name=service.port_name, backends=backends)
 
 
 def fill(path: Datapath, listed: Sequence[Service]) -> None:
-    """Write the rows of Services: one set of backends each."""
-    count = len(listed)
-    frontends, slots, backends = (path.map(name) for name in ("frontends", "slots", "backends"))
-    numbers: dict[tuple[IPv4Address, int], int] = {}
-    members = [
-        (index + 1, slot, numbers.setdefault(endpoint, len(numbers) + 1))
-        for index, service in enumerate(listed)
-        for slot, endpoint in enumerate(service.endpoints)
-    ]
-    ends = list(numbers)
-    backends.update(
-        np.arange(1, len(ends) + 1, dtype=np.uint32),
-        _rows(
-            backends.value_dtype,
-            len(ends),
-            addr=_addresses(np.array([int(address) for address, _ in ends])),
-            port=[port for _, port in ends],
-            protocol=TCP,
-        ),
-    )
-    table = np.array(members)
-    slots.update(_rows(slots.key_dtype, len(table), set=table[:, 0], slot=table[:, 1]), table[:, 2].astype(np.uint32))
-    frontends.update(
-        _rows(
-            frontends.key_dtype,
-            count,
-            addr=_addresses(np.array([int(service.address) for service in listed])),
-            port=[service.port for service in listed],
-            protocol=TCP,
-        ),
-        _rows(
-            frontends.value_dtype,
-            count,
-            service=np.arange(1, count + 1),
-            set=np.arange(1, count + 1),
-            count=[len(service.endpoints) for service in listed],
-        ),
-    )
+    """Program the Services. Error: RuntimeError, if they do not fit."""
+    applied = path.services.start(frontends(listed))
+    if applied.problems:
+        raise RuntimeError(f"services do not fit: {next(iter(applied.problems.items()))}")

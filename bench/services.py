@@ -88,7 +88,8 @@ def _connections() -> Iterator[_Planned]:
 
 
 _PACKETS: Final = [
-    (f"services: packets to a node port, {ours} vs {peer}", ours, peer) for ours, peer in (("iptables", "nftables"),)
+    (f"services: packets to a node port, {ours} vs {peer}", ours, peer)
+    for ours, peer in (("tc", "iptables"), ("tc", "nftables"))
 ]
 
 
@@ -148,7 +149,7 @@ def _run_connections(wanted: set[str], rounds: int, progress: Progress) -> list[
 def _forwarder(stack: ExitStack, system: str) -> Forwarder:
     if system in _PEERS:
         return north_south.kube_proxy(stack, f"ns-{system}", system)
-    raise ValueError(system)
+    return north_south.ciliate(stack, f"ns-{system}")
 
 
 def _run_packets(wanted: set[str], rounds: int, progress: Progress) -> list[Row]:
