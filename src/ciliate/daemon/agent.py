@@ -118,6 +118,8 @@ class Agent:
                 masquerade=config.masquerade,
                 node_ports=config.node_port_range,
                 maglev_size=config.maglev_table_size,
+                cgroup=config.socket_cgroup(),
+                socket_pods=config.socket_lb == "all",
                 max_entries=config.map_sizes,
                 host_exemptions=(*LEASES, *api_servers(config.api_servers)),
             )

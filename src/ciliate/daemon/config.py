@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 
 import yaml
 
+from ciliate.datapath.cgroupfs import find_mount
 from ciliate.loadbalancer.model import Algorithm, Forwarding
 
 _CLUSTER: Final = re.compile(r"[a-z0-9]([-a-z0-9]{0,30}[a-z0-9])?")
@@ -46,6 +47,8 @@ class AgentConfig:
     lb_mode: Forwarding = Forwarding.SNAT
     maglev_table_size: int = 16381
     api_servers: tuple[tuple[IPv4Address | IPv6Address, int], ...] = ()
+    socket_lb: Literal["all", "host", "off"] = "all"
+    cgroup_root: Path | None = None
     cni_conf_dir: Path | None = None
     cni_bin_dir: Path | None = None
     cni_plugin: Path | None = None
@@ -60,6 +63,20 @@ class AgentConfig:
     def proxy_socket(self) -> Path:
         """Where ``ciliate-proxyd`` listens."""
         return self.run_dir / "proxyd.sock"
+
+    def socket_cgroup(self) -> Path | None:
+        """Return the cgroup whose sockets are given backends; None: no socket is. Errors: ConfigError, OSError."""
+        if self.socket_lb == "off":
+            return None
+        found = self.cgroup_root or find_mount()
+        if found is None:
+            raise ConfigError(
+                "cgroup-root: no cgroup v2 hierarchy is mounted, and sockets get their backends by their cgroup: "
+                "mount one (mount -t cgroup2 none /sys/fs/cgroup/unified), or set socket-lb: off"
+            )
+        if not (found / "cgroup.procs").is_file():
+            raise ConfigError(f"cgroup-root: {found} is no cgroup v2 directory")
+        return found
 
     def node_ip(self, version: int) -> Any:
         """Return the node's address of a family, or None."""
@@ -100,6 +117,10 @@ _HELP: Final[Mapping[str, str]] = {
     "(default: 16381)",
     "api_servers": "Kubernetes API servers, ADDRESS:PORT, comma-separated: no node policy keeps this node from them, "
     "and one that cuts them off all the same is taken back",
+    "socket_lb": "whose sockets are given their backend when they connect to a service: all, host (not those of pods: "
+    "their packets are translated), or off (the node's own processes reach no service) (default: all)",
+    "cgroup_root": "cgroup v2 directory that all processes of the node and its pods are below "
+    "(default: where the hierarchy is mounted)",
     "cni_conf_dir": "install the CNI configuration here once the agent is ready",
     "cni_bin_dir": "install the CNI plugin here, from --cni-plugin",
     "cni_plugin": "the plugin's executable, ciliate-cni",
@@ -176,6 +197,8 @@ def _read(name: str, value: Any) -> Any:
                 if isinstance(value, Mapping):
                     return {str(key): int(size) for key, size in value.items()}
                 return {key: int(size) for key, _, size in (one.partition("=") for one in _listed(value))}
+            case "socket_lb":
+                return {True: "all", False: "off"}.get(value, str(value))  # YAML 1.1 reads `off` as false
             case "node_name" | "device" | "cluster_name" | "routing_mode":
                 return str(value)
             case _:
@@ -201,6 +224,8 @@ def _check(config: AgentConfig) -> None:
         raise ConfigError("ipv4, ipv6: one of them must be on")
     if config.routing_mode not in ("tunnel", "native"):
         raise ConfigError(f"routing-mode: {config.routing_mode!r} is neither tunnel nor native")
+    if config.socket_lb not in ("all", "host", "off"):
+        raise ConfigError(f"socket-lb: {config.socket_lb!r} is neither all, host nor off")
     if not 0 <= config.cluster_id <= 255:
         raise ConfigError(f"cluster-id: {config.cluster_id} is not in 0..255")
     if not _CLUSTER.fullmatch(config.cluster_name):

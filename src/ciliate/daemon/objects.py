@@ -15,8 +15,10 @@ from ciliate.daemon.lastvalid import LastValid
 from ciliate.identity.labels import k8s
 from ciliate.k8s.manifests import ObjectKey
 from ciliate.k8s.objects import Namespace, NodeObject, ObjectError, Pod, parse_namespace, parse_node, parse_pod
+from ciliate.k8s.redirects import parse_local_redirect
 from ciliate.k8s.services import parse_endpoint_slice, parse_service
 from ciliate.loadbalancer.model import EndpointSlice, Service
+from ciliate.loadbalancer.redirect import LocalRedirectPolicy
 from ciliate.policy.fallback import closed
 from ciliate.policy.parse import API_VERSIONS, parse_cidr_group, parse_object
 from ciliate.policy.rules import CidrGroup, PolicyError, PolicyObject, ServiceFacts
@@ -30,6 +32,7 @@ _PARSERS: Final[Mapping[str, Callable[[Mapping[str, Any]], Any]]] = {
     "Node": parse_node,
     "Service": parse_service,
     "EndpointSlice": parse_endpoint_slice,
+    "CiliumLocalRedirectPolicy": parse_local_redirect,
     "CiliumCIDRGroup": lambda document: parse_cidr_group(document, strict=False),
 }
 
@@ -50,7 +53,9 @@ class Read:
     """An object as it was read. ``value`` None: the former one stays."""
 
     name: Key
-    value: Pod | Namespace | NodeObject | Service | EndpointSlice | CidrGroup | PolicyObject | None
+    value: (
+        Pod | Namespace | NodeObject | Service | EndpointSlice | LocalRedirectPolicy | CidrGroup | PolicyObject | None
+    )
     document: Mapping[str, Any] | None = None
     """Of a policy: as it is written, valid or not."""
     rejected: Rejected | None = None
@@ -70,6 +75,7 @@ class ClusterObjects:
         self.nodes: dict[tuple[str, str], NodeObject] = {}
         self.services: dict[tuple[str, str], Service] = {}
         self.slices: dict[tuple[str, str], EndpointSlice] = {}
+        self.redirects: dict[tuple[str, str], LocalRedirectPolicy] = {}
         self.groups: dict[tuple[str, str], CidrGroup] = {}
         """All by (namespace, name); the namespace of clusterwide kinds is empty."""
         self.policies: dict[Key, PolicyObject] = {}
@@ -178,6 +184,7 @@ class ClusterObjects:
             "Node": self.nodes,
             "Service": self.services,
             "EndpointSlice": self.slices,
+            "CiliumLocalRedirectPolicy": self.redirects,
             "CiliumCIDRGroup": self.groups,
         }
         return kept[kind]

@@ -11,6 +11,7 @@ from ciliate.daemon.api import CniCall
 from ciliate.daemon.endpoints import LAST_ID, LocalEndpoint
 from ciliate.datapath.devices import DeviceError, pod_device_name
 from ciliate.datapath.netlink import Netlink, NetlinkError, in_netns
+from ciliate.datapath.node import netns_cookie
 from ciliate.ipam.pool import IpamError
 from ciliate.kvstore.identities import AllocationError
 
@@ -90,6 +91,7 @@ class AgentWiring:
             one.device, Path(one.netns), addresses=one.ips(), interface=one.interface
         )
         one.ifindex, one.mac, one.gw_mac = pod.ifindex, pod.mac.hex(), pod.gw_mac.hex()
+        one.netns_cookie = await asyncio.to_thread(in_netns, Path(one.netns), netns_cookie)
         await agent.identify(one)
         await agent.expose(one)
 
