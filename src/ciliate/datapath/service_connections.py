@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from ciliate.datapath.conntrack import expiry_clock
 from ciliate.datapath.maps import Array, Table
+from ciliate.loadbalancer.model import TCP
 
 Mask = npt.NDArray[np.bool_]
 Verdict = Callable[[Array, Array], Mask]
@@ -27,25 +28,30 @@ class ServiceConnections:
         self._peers = tables["socket_peers"]
 
     def sweep(self, *, now: int | None = None) -> dict[str, int]:
-        """Delete rows that are over, or whose backend is gone; return how many by map. ``now``: expiry clock,
-        nanoseconds. Error: MapError.
+        """Delete rows that are over, or whose backend is gone (but for TCP); return how many by map.
+
+        ``now``: expiry clock, nanoseconds. Error: MapError.
         """
         at = expiry_clock() if now is None else now
         last = self._affinity_ends()
         return {
             self._translations.name: _sweep(
-                self._translations, lambda _, values: (values["expires"] < at) | self._orphans(values)
+                self._translations, lambda keys, values: (values["expires"] < at) | self._leaderless(keys, values)
             ),
             self._affinities.name: _sweep(
                 self._affinities, lambda keys, values: last(keys, values, at) | self._orphans(values)
             ),
-            self._peers.name: _sweep(self._peers, lambda _, values: self._orphans(values)),
+            self._peers.name: _sweep(self._peers, self._leaderless),
         }
 
     def counts(self) -> dict[str, int]:
         """Return how many rows each map has."""
         tables = (self._translations, self._affinities, self._peers)
         return {table.name: sum(len(keys) for keys, _ in table.chunks()) for table in tables}
+
+    def _leaderless(self, keys: Array, values: Array) -> Mask:
+        """Where rows name a backend that is gone, but not TCP's: what is under way ends by itself."""
+        return self._orphans(values) & (keys["protocol"] != TCP)
 
     def _orphans(self, values: Array) -> Mask:
         """Where rows name a backend that is gone. It is looked for after the row was seen, and written before it."""
