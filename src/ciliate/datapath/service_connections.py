@@ -1,4 +1,4 @@
-"""Cleans rows of connections to services: ``translations``, ``affinities`` and ``socket_peers``.
+"""Cleans rows of connections to services: ``translations``, ``affinities``, ``socket_peers`` and ``socket_flows``.
 
 Nothing depends on it, programs compare expiry and look backends up themselves; but a dead row takes the place of a
 live one in maps that evict the least recently used.
@@ -25,7 +25,7 @@ class ServiceConnections:
     def __init__(self, tables: Mapping[str, Table]) -> None:
         self._frontends, self._backends = tables["frontends"], tables["backends"]
         self._translations, self._affinities = tables["translations"], tables["affinities"]
-        self._peers = tables["socket_peers"]
+        self._peers, self._flows = tables["socket_peers"], tables["socket_flows"]
 
     def sweep(self, *, now: int | None = None) -> dict[str, int]:
         """Delete rows that are over, or whose backend is gone (but for TCP); return how many by map.
@@ -42,11 +42,12 @@ class ServiceConnections:
                 self._affinities, lambda keys, values: last(keys, values, at) | self._orphans(values)
             ),
             self._peers.name: _sweep(self._peers, self._leaderless),
+            self._flows.name: _sweep(self._flows, self._leaderless),
         }
 
     def counts(self) -> dict[str, int]:
         """Return how many rows each map has."""
-        tables = (self._translations, self._affinities, self._peers)
+        tables = (self._translations, self._affinities, self._peers, self._flows)
         return {table.name: sum(len(keys) for keys, _ in table.chunks()) for table in tables}
 
     def _leaderless(self, keys: Array, values: Array) -> Mask:
@@ -90,7 +91,7 @@ def _sweep(table: Table, dead: Verdict) -> int:
 def greatest(tables: Mapping[str, Table], column: str) -> int:
     """Return the greatest ``backend`` or ``service`` that rows of connections name: they may outlive it."""
     most = 0
-    for name in ("affinities", "translations", "socket_peers"):
+    for name in ("affinities", "translations", "socket_peers", "socket_flows"):
         for keys, values in tables[name].chunks():
             rows = keys if column in (keys.dtype.names or ()) else values
             most = max(most, int(rows[column].max(initial=0)))
