@@ -38,7 +38,7 @@ enum frontend_flag {
 };
 
 struct frontend {
-	__u32 service;  /* number of the service port's owner: for affinity, source ranges and events; from 1 */
+	__u32 service;  /* of a port of an owner, in one IP version: affinity, source ranges, events; from 1 */
 	__u32 set;      /* backends, in `slots` and `maglev` */
 	__u32 count;    /* slots of the set; 0: there is no backend */
 	__u32 affinity; /* seconds */

@@ -25,6 +25,7 @@ from ciliate.datapath.services_view import documents
 from ciliate.loadbalancer.maglev import maglev_table
 from ciliate.loadbalancer.model import (
     TCP,
+    UDP,
     Address,
     Algorithm,
     Backend,
@@ -622,17 +623,24 @@ def test_rows_of_connections_go_with_their_backend_or_their_time(btf: Btf) -> No
     node.apply(one)
     number, service = int(node.tables["backends"].dump()[0][0]), place(one, node, "service")
     second = 1_000_000_000
-    for port, backend_number, expires in ((1, number, 9), (2, number, 1), (3, 99, 9), (4, 0, 9)):
+    rows = ((1, UDP, number, 9), (2, TCP, number, 1), (3, UDP, 99, 9), (4, TCP, 99, 9), (5, UDP, 0, 9))
+    for port, protocol, backend_number, expires in rows:
         value = {"backend": backend_number, "expires": expires * second}
-        node.tables["translations"].set({"client_port": port}, value)
+        node.tables["translations"].set({"client_port": port, "protocol": protocol}, value)
     for client, of, backend_number, used in ((1, service, number, 4), (2, service, 99, 4), (3, 77, number, 4)):
         key = {"client": np.void(addr_bytes(f"192.0.2.{client}")), "service": of}
         node.tables["affinities"].set(key, {"used": used * second, "backend": backend_number})
-    for socket, backend_number in ((1, number), (2, 99)):
-        node.tables["socket_peers"].set({"socket": socket}, {"backend": backend_number})
+    for socket, protocol, backend_number in ((1, UDP, number), (2, UDP, 99), (3, TCP, 99)):
+        for name in ("socket_peers", "socket_flows"):
+            node.tables[name].set({"socket": socket, "protocol": protocol}, {"backend": backend_number})
     connections = ServiceConnections(node.tables)
-    assert connections.sweep(now=5 * second) == {"translations": 2, "affinities": 2, "socket_peers": 1}
-    assert connections.counts() == {"translations": 2, "affinities": 1, "socket_peers": 1}
+    assert connections.sweep(now=5 * second) == {
+        "translations": 2,
+        "affinities": 2,
+        "socket_peers": 1,
+        "socket_flows": 1,
+    }
+    assert connections.counts() == {"translations": 3, "affinities": 1, "socket_peers": 2, "socket_flows": 2}
     assert connections.sweep(now=64 * second)["affinities"] == 1
 
 
@@ -657,6 +665,9 @@ def test_documents_tell_what_the_maps_hold(btf: Btf) -> None:
     assert (translation["direction"], translation["live"], translation["flags"]) == ("back", True, ["snat", "hairpin"])
     assert translation["name"] == "service-1"
     assert len(documents(node.tables, btf, limit=1)["frontends"]) == 1
+    node.tables["socket_peers"].set({"socket": 7, "protocol": UDP}, {"backend": 99})
+    (peer,) = documents(node.tables, btf)["socket_peers"]
+    assert (peer["socket"], peer["protocol"], peer["live"]) == (7, UDP, False)
 
 
 # ---- the kernel's maps ---------------------------------------------------------------------------------------------

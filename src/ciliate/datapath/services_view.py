@@ -37,7 +37,8 @@ def documents(
         "source_ranges": view.source_ranges(),
         "skips": view.skips(),
         "translations": view.translations(),
-        "socket_peers": view.socket_peers(),
+        "socket_peers": view.socket_rows("socket_peers"),
+        "socket_flows": view.socket_rows("socket_flows"),
     }
     return {kind: list(islice(found, limit)) for kind, found in rows.items()}
 
@@ -157,16 +158,16 @@ class _View:
                 "expires": (int(value["expires"]) - self._now) / 1e9,
             }
 
-    def socket_peers(self) -> Iterator[Document]:
-        """Yield which frontend stands behind a backend for a socket."""
-        for key, value in self._rows("socket_peers"):
+    def socket_rows(self, table: str) -> Iterator[Document]:
+        """Yield for a socket which frontend (``stands_for``) is behind a backend; in flows, the other way round."""
+        for key, value in self._rows(table):
             yield {
                 "socket": int(key["socket"]),
                 "protocol": int(key["protocol"]),
-                "to": _text(key["addr"]),
-                "to_port": int(key["port"]),
-                "address": _text(value["addr"]),
-                "port": int(value["port"]),
+                "address": _text(key["addr"]),
+                "port": int(key["port"]),
+                "stands_for": _text(value["addr"]),
+                "stands_for_port": int(value["port"]),
                 **self._service(value),
                 **self._given(int(value["backend"])),
             }
