@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /* Everything that arrives by the overlay. Attached to the ingress of the VXLAN device. */
 #pragma once
-#include "../lib/deliver.h"
+#include "../lib/outside.h"
 
 /* The outer source and the identity; 0 or a negated drop reason. */
 static __always_inline int tunnel_header(struct __sk_buff *skb, union addr *outer, __u32 *identity)
@@ -19,6 +19,15 @@ static __always_inline int tunnel_header(struct __sk_buff *skb, union addr *oute
 	return 0;
 }
 
+/* Whether a node may pass on a packet of a client outside with this source: its own address, or the client's (DSR). */
+static __always_inline bool passes_on(const struct ipcache_entry *inner, const union addr *source,
+				      const union addr *outer)
+{
+	if (!inner || !(inner->flags & (IPCACHE_POD | IPCACHE_NODE)))
+		return true;
+	return inner->flags & IPCACHE_NODE && (addr_equal(&inner->tunnel, outer) || addr_equal(source, outer));
+}
+
 /* Nobody can lie about who they are: docs/adr/0002, checks of from_overlay. */
 static __always_inline int check_sender(struct scratch *s, const union addr *outer, __u32 identity)
 {
@@ -26,7 +35,8 @@ static __always_inline int check_sender(struct scratch *s, const union addr *out
 
 	if (!node || !(node->flags & IPCACHE_NODE))
 		return -DROP_UNKNOWN_NODE;
-	if (!identity || identity == IDENTITY_HOST || scope_of(identity) == SCOPE_WORLD || identity >> 24)
+	if (!identity || identity == IDENTITY_HOST || identity >> 24 ||
+	    (scope_of(identity) == SCOPE_WORLD && identity != IDENTITY_WORLD))
 		return -DROP_INVALID_VNI;
 	if (stays_on_link(&s->p.saddr) || bpf_map_lookup_elem(&local_addrs, &s->p.saddr))
 		return -DROP_INVALID_SIP;
@@ -34,6 +44,8 @@ static __always_inline int check_sender(struct scratch *s, const union addr *out
 	if (inner && inner->flags & (IPCACHE_POD | IPCACHE_NODE) && !addr_equal(&inner->tunnel, outer) &&
 	    (inner->flags & IPCACHE_POD || !addr_zero(&inner->tunnel)))
 		return -DROP_INVALID_SIP;
+	if (identity == IDENTITY_WORLD)
+		return passes_on(inner, &s->p.saddr, outer) ? 0 : -DROP_INVALID_SIP;
 	if (inner && inner->flags & IPCACHE_NODE)
 		return identity == IDENTITY_REMOTE_NODE ? 0 : -DROP_INVALID_SIP;
 	return identity == IDENTITY_REMOTE_NODE ? -DROP_INVALID_SIP : 0;
@@ -45,7 +57,7 @@ int from_overlay(struct __sk_buff *skb)
 	struct scratch *s = start(skb, OBS_FROM_OVERLAY);
 	union addr outer = {};
 	__u32 identity = 0;
-	int result;
+	int result, mode = TRACK_POLICY;
 
 	if (!s)
 		return TC_ACT_SHOT;
@@ -65,11 +77,12 @@ int from_overlay(struct __sk_buff *skb)
 	if (result < 0)
 		return drop(s, result);
 	end_remote(&s->ends[0], identity, true);
-	if (identity == IDENTITY_REMOTE_NODE) { /* a node may have an identity of its own here */
-		result = resolve(s, 0);
-		if (result < 0)
-			return drop(s, result);
-	}
+	if (identity == IDENTITY_WORLD)
+		mode = from_client_elsewhere(skb, s);
+	else if (identity == IDENTITY_REMOTE_NODE) /* a node may have an identity of its own here */
+		mode = resolve(s, 0);
+	if (mode < 0)
+		return drop(s, mode);
 	if (s->p.frag != FRAG_NONE) {
 		result = frag_ports(s);
 		if (result < 0)
@@ -80,9 +93,23 @@ int from_overlay(struct __sk_buff *skb)
 		return drop(s, result);
 	if (s->kind != DEST_POD && s->kind != DEST_HOST)
 		return drop(s, -DROP_NO_ENDPOINT);
-	result = track(s, s->kind == DEST_HOST ? TRACK_REPLY : TRACK_POLICY);
+	if (s->kind == DEST_HOST) {
+		result = nat_in(skb, s);
+		if (result)
+			return result < 0 ? drop(s, result) : answer_outside(skb, s);
+		mode = TRACK_REPLY;
+	}
+	result = track(s, mode);
+	if (result >= 0 && s->dsr) {
+		int error = dsr_remember(s);
+
+		if (error)
+			result = error;
+	}
 	if (result < 0)
 		return drop(s, result);
+	if (result != TRACK_FORWARD && s->flags & CT_SERVICE)
+		note_stack_serves(s);
 	if (result != TRACK_FORWARD) {
 		result = to_proxy(skb, s, result == TRACK_TO_LISTENER);
 		return result < 0 ? drop(s, result) : TC_ACT_OK;

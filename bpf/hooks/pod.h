@@ -20,6 +20,49 @@ static __always_inline bool forges_tunnel(const struct scratch *s)
 		(config_masquerade && s->kind == DEST_NATIVE && s->dest_node != 2));
 }
 
+/* A pod that was given itself as backend sees the gateway as its client: its answers to there go back to it. Returns what
+ * the hook shall return, or 0: no such answer.
+ */
+static __always_inline int hairpin_answer(struct __sk_buff *skb, struct scratch *s)
+{
+	int result = service_back(skb, s);
+
+	if (result > 0)
+		result = resolve(s, 1);
+	else if (!result)
+		return 0;
+	return result < 0 ? drop(s, result) : deliver_local(skb, s);
+}
+
+/* To itself, whatever its policies say: a process reaches its own pod without asking them, too. */
+static __always_inline int hairpin(struct __sk_buff *skb, struct scratch *s)
+{
+	if (s->made) {
+		s->p.saddr = s->p.daddr; /* the event speaks of the pod */
+		report(s);
+	}
+	return deliver_local(skb, s);
+}
+
+/* A frontend's address becomes that of its backend, and s->ends[1] and where to send with it. Traffic between pods is not
+ * looked at. Returns enum service_out_result or a negated drop reason.
+ */
+static __always_inline int to_backend(struct __sk_buff *skb, struct scratch *s)
+{
+	int result;
+
+	if (s->kind == DEST_POD || s->kind == DEST_TUNNEL || (s->kind == DEST_NATIVE && s->dest_node == 2))
+		return SERVICE_OUT_NONE;
+	result = service_out(skb, s, FRONTEND_CLUSTER);
+	if (result == SERVICE_OUT_TRANSLATED) {
+		int error = resolve(s, 1);
+
+		if (error < 0)
+			return error;
+	}
+	return result;
+}
+
 static __always_inline __u32 path_mtu(const struct scratch *s, const struct endpoint *ep)
 {
 	if (s->kind == DEST_TUNNEL)
@@ -33,6 +76,8 @@ int from_pod(struct __sk_buff *skb)
 	__u32 ifindex = skb->ifindex, mtu;
 	struct endpoint *ep;
 	struct scratch *s;
+	union addr gateway;
+	bool to_gateway;
 	int result;
 
 	result = shortcut(skb);
@@ -49,6 +94,7 @@ int from_pod(struct __sk_buff *skb)
 	if (!ep)
 		return drop(s, -DROP_NO_ENDPOINT);
 	end_of_endpoint(&s->ends[0], ep);
+	s->client_netns = ep->netns;
 	skb->mark = 0;
 	if (skb->vlan_present) /* the tag would leave the node with the packet */
 		return drop(s, -DROP_UNSUPPORTED_L3);
@@ -59,7 +105,9 @@ int from_pod(struct __sk_buff *skb)
 		return drop(s, result);
 	if (is_nd(&s->p) && s->p.frag == FRAG_NONE)
 		return nd_answer(skb, s, ep);
-	if (stays_on_link(&s->p.daddr))
+	gateway = gateway_of(s->p.family);
+	to_gateway = addr_equal(&s->p.daddr, &gateway) && owns_source(ep, &s->p);
+	if (stays_on_link(&s->p.daddr) && !to_gateway)
 		return drop_quietly(s, -DROP_UNSUPPORTED_DEST);
 	if (!owns_source(ep, &s->p))
 		return drop(s, -DROP_INVALID_SIP);
@@ -68,9 +116,23 @@ int from_pod(struct __sk_buff *skb)
 		if (result < 0)
 			return drop(s, result);
 	}
+	if (to_gateway) {
+		result = hairpin_answer(skb, s);
+		if (result)
+			return result;
+		if (s->p.family == 6)
+			return drop_quietly(s, -DROP_UNSUPPORTED_DEST);
+	}
 	result = resolve(s, 1);
 	if (result < 0)
 		return drop(s, result);
+	result = to_backend(skb, s);
+	if (result < 0)
+		return drop(s, result);
+	if (result == SERVICE_OUT_REJECT)
+		return reject_answer(skb, s, ep);
+	if (result == SERVICE_OUT_TRANSLATED && s->chosen.flags & TRANSLATION_HAIRPIN)
+		return hairpin(skb, s);
 	if (forges_tunnel(s))
 		return drop(s, -DROP_TUNNEL_PORT);
 	result = track(s, TRACK_POLICY);
@@ -84,8 +146,16 @@ int from_pod(struct __sk_buff *skb)
 	if (result < 0)
 		return drop(s, result);
 	mtu = path_mtu(s, ep);
-	if (wire_length(skb, &s->p) > mtu && (s->p.dont_fragment || s->kind == DEST_NATIVE))
+	if (wire_length(skb, &s->p) > mtu && (s->p.dont_fragment || s->kind == DEST_NATIVE)) {
+		if (s->service && service_undo(skb, s))
+			return drop(s, -DROP_WRITE_ERROR);
 		return too_big_answer(skb, s, ep, mtu);
+	}
+	if (s->kind != DEST_POD && answers_service(s)) {
+		result = service_back(skb, s);
+		if (result <= 0)
+			return drop(s, result ?: -DROP_NAT_NO_MAPPING);
+	}
 	switch (s->kind) {
 	case DEST_POD:
 		return deliver_local(skb, s);

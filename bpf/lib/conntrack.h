@@ -85,6 +85,11 @@ static __always_inline bool ct_closed(__u32 flags)
 	return flags & CT_RST || (flags & (CT_FIN_ORIG | CT_FIN_REPLY)) == (CT_FIN_ORIG | CT_FIN_REPLY);
 }
 
+static __always_inline bool is_first_segment(const struct pkt *p)
+{
+	return p->protocol == IPPROTO_TCP && p->frag != FRAG_LATER && (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
+}
+
 /* Counts one packet. Atomic: another CPU may have one of the same direction. */
 static __always_inline void ct_account(struct ct_entry *e, bool reply, __u32 octets)
 {

@@ -9,6 +9,7 @@
 #include "policy.h"
 #include "proxy.h"
 #include "track.h"
+#include "translate.h"
 
 static __always_inline __u32 world_identity(const struct pkt *p)
 {
@@ -144,6 +145,12 @@ static __always_inline struct scratch *start(struct __sk_buff *skb, __u8 observa
 	s->direction = observation == OBS_FROM_POD || observation == OBS_TO_NETDEV ? DIR_EGRESS : DIR_INGRESS;
 	s->ct_state = CT_STATE_NEW;
 	s->in_tunnel = 0;
+	s->answers = 0;
+	s->flags = 0;
+	s->service = 0;
+	s->made = 0;
+	s->dsr = 0;
+	s->client_netns = 0;
 	s->l7 = 0;
 	s->rule[DIR_EGRESS] = s->rule[DIR_INGRESS] = 0;
 	/* What a drop before or in the parser reports: not the packet that was here before. */
@@ -164,10 +171,20 @@ static __always_inline int into_pod(struct __sk_buff *skb, const __u8 *macs, __u
 	return ingress ? bpf_redirect_peer(ifindex, 0) : bpf_redirect(ifindex, 0);
 }
 
+/* Whether the packet goes to a client that asked a frontend, so that it must come from there. */
+static __always_inline bool answers_service(const struct scratch *s)
+{
+	return s->flags & CT_SERVICE && s->answers;
+}
+
 static __always_inline int deliver_local(struct __sk_buff *skb, struct scratch *s)
 {
-	int result = into_pod(skb, s->macs, s->dest_ifindex, s->p.length, s->observation != OBS_FROM_HOST);
+	int result = answers_service(s) ? service_back(skb, s) : 1;
 
+	if (!result) /* evicted: the client would reset what it does not know, its next packet makes the row anew */
+		result = -DROP_NAT_NO_MAPPING;
+	if (result > 0)
+		result = into_pod(skb, s->macs, s->dest_ifindex, s->p.length, s->observation != OBS_FROM_HOST);
 	return result < 0 ? drop(s, result) : result;
 }
 
@@ -207,10 +224,12 @@ static __always_inline int send_native(struct __sk_buff *skb, struct scratch *s)
 	return bpf_redirect_neigh(config_native_ifindex, NULL, 0, 0);
 }
 
-/* A reply to what came by the overlay goes back that way, to a node's address too, or nowhere. 0 or a drop reason. */
+/* A reply to what came by the overlay goes back that way, to a node's address too, or nowhere; but to a client whom another
+ * node passed on it goes straight. 0 or a drop reason.
+ */
 static __always_inline int route_replies(struct scratch *s)
 {
-	if (s->kind != DEST_NATIVE || !(s->flags & CT_TUNNEL) || s->ct_state == CT_STATE_NEW)
+	if (s->kind != DEST_NATIVE || (s->flags & (CT_TUNNEL | CT_DSR)) != CT_TUNNEL || s->ct_state == CT_STATE_NEW)
 		return 0;
 	if (s->dest_node != 1) /* a pod whose node the ipcache does not know (yet, or any more) */
 		return -DROP_NO_TUNNEL_ENDPOINT;

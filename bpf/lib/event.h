@@ -14,6 +14,29 @@ static __always_inline void count(__u8 reason, __u8 direction, __u32 octets)
 	}
 }
 
+/* The frontend: what the packet was translated from, or what the client is known to have asked. */
+static __always_inline void event_service(struct scratch *s, struct event *e)
+{
+	struct translation *row;
+
+	if (s->service) {
+		e->frontend = s->frontend;
+		e->frontend_port = s->frontend_port;
+		e->service = s->service;
+		return;
+	}
+	if (!(s->flags & CT_SERVICE) || !s->answers || s->p.quoted)
+		return;
+	translation_key_set(&s->back, &s->p.daddr, s->p.dport, &s->p.saddr, s->p.sport, s->p.protocol,
+			    TRANSLATION_BACK);
+	row = bpf_map_lookup_elem(&translations, &s->back);
+	if (!row)
+		return;
+	e->frontend = row->addr;
+	e->frontend_port = row->port;
+	e->service = row->service;
+}
+
 static __noinline int event_send(struct scratch *s, __u8 type, __u8 verdict, __u8 reason)
 {
 	struct event *e;
@@ -58,6 +81,7 @@ static __noinline int event_send(struct scratch *s, __u8 type, __u8 verdict, __u
 		e->packets = s->fresh.packets[0] + s->fresh.packets[1];
 		e->bytes = s->fresh.bytes[0] + s->fresh.bytes[1];
 	}
+	event_service(s, e);
 	bpf_ringbuf_submit(e, 0);
 	return 0;
 }

@@ -38,7 +38,8 @@ struct endpoint {
 	__u8 mac[6];    /* of the interface inside the pod */
 	__u8 gw_mac[6]; /* of the host-side interface: what ARP and ND answer for the gateway */
 	__u16 pad;
-	__u32 spare[4];
+	__u64 netns; /* cookie of its network namespace, 0: not known; for `skips` */
+	__u32 spare[2];
 };
 _Static_assert(sizeof(struct endpoint) == 96, "struct endpoint has no implicit padding");
 
@@ -384,6 +385,7 @@ enum observation {
 	OBS_FROM_OVERLAY = 3,
 	OBS_FROM_NETDEV = 4,
 	OBS_TO_NETDEV = 5,
+	OBS_SOCKET = 6,
 };
 
 enum ct_state { CT_STATE_NEW = 0, CT_STATE_ESTABLISHED = 1, CT_STATE_REPLY = 2, CT_STATE_RELATED = 3 };

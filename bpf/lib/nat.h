@@ -210,33 +210,50 @@ rewrite:
 	return error ?: rewrite_port(skb, p, true, in.inner_port);
 }
 
+/* Changes an address and port of the packet that an ICMP error quotes, and the error's checksum. */
+static __always_inline int quoted_end(struct __sk_buff *skb, struct pkt *p, bool source, const union addr *to,
+				      __be16 port)
+{
+	bool icmp = p->q_protocol == (p->family == 4 ? IPPROTO_ICMP : PROTO_ICMPV6);
+	__u16 check = p->l4 + offsetof(struct icmp_head, check), port_at = p->q_l4 + (icmp ? 4 : source ? 0 : 2);
+	union addr old = source ? p->q_saddr : p->q_daddr, new = *to;
+	__be16 old_port = source ? p->q_sport : p->q_dport;
+
+	if (p->family == 4) {
+		__u16 at = p->q_l3 + (source ? offsetof(struct iphdr, saddr) : offsetof(struct iphdr, daddr));
+
+		/* The quoted header's own checksum moves by what its address moves, so the outer sum stays. */
+		if (bpf_l3_csum_replace(skb, p->q_l3 + offsetof(struct iphdr, check), old.w[3], new.w[3], 4) ||
+		    bpf_skb_store_bytes(skb, at, &new.w[3], 4, 0))
+			return -DROP_WRITE_ERROR;
+	} else {
+		__u16 at = p->q_l3 + (source ? offsetof(struct ipv6hdr, saddr) : offsetof(struct ipv6hdr, daddr));
+		__s64 diff = bpf_csum_diff(old.w, 16, new.w, 16, 0);
+
+		if (bpf_l4_csum_replace(skb, check, 0, diff, 0) || bpf_skb_store_bytes(skb, at, &new, 16, 0))
+			return -DROP_WRITE_ERROR;
+	}
+	if (port != old_port &&
+	    (bpf_l4_csum_replace(skb, check, old_port, port, 2) || bpf_skb_store_bytes(skb, port_at, &port, 2, 0)))
+		return -DROP_WRITE_ERROR;
+	if (source) {
+		p->q_saddr = new;
+		p->q_sport = port;
+	} else {
+		p->q_daddr = new;
+		p->q_dport = port;
+	}
+	if (icmp)
+		p->q_sport = p->q_dport = port;
+	return 0;
+}
+
 /* An ICMP error about a masqueraded packet: the quoted source goes back to the pod's, then the outer destination. */
 static __always_inline int nat_in_quoted(struct __sk_buff *skb, struct pkt *p, const struct nat_entry *to)
 {
-	__u16 check = p->l4 + offsetof(struct icmp_head, check);
-	__u16 port_at = p->q_l4 + (p->q_protocol == (p->family == 4 ? IPPROTO_ICMP : PROTO_ICMPV6) ? 4 : 0);
-	union addr new = to->addr;
-	__be16 port = to->port;
+	int error = quoted_end(skb, p, true, &to->addr, to->port);
 
-	if (p->family == 4) {
-		/* The quoted header's own checksum moves by what its address moves, so the outer sum stays. */
-		if (bpf_l3_csum_replace(skb, p->q_l3 + offsetof(struct iphdr, check), p->q_saddr.w[3], new.w[3], 4) ||
-		    bpf_skb_store_bytes(skb, p->q_l3 + offsetof(struct iphdr, saddr), &new.w[3], 4, 0))
-			return -DROP_WRITE_ERROR;
-	} else {
-		__s64 diff = bpf_csum_diff(p->q_saddr.w, 16, new.w, 16, 0);
-
-		if (bpf_l4_csum_replace(skb, check, 0, diff, 0) ||
-		    bpf_skb_store_bytes(skb, p->q_l3 + offsetof(struct ipv6hdr, saddr), &new, 16, 0))
-			return -DROP_WRITE_ERROR;
-	}
-	if (bpf_l4_csum_replace(skb, check, p->q_sport, port, 2) || bpf_skb_store_bytes(skb, port_at, &port, 2, 0))
-		return -DROP_WRITE_ERROR;
-	p->q_saddr = new;
-	p->q_sport = port;
-	if (p->q_protocol == (p->family == 4 ? IPPROTO_ICMP : PROTO_ICMPV6))
-		p->q_dport = port;
-	return rewrite_addr(skb, p, false, &new);
+	return error ?: rewrite_addr(skb, p, false, &to->addr);
 }
 
 /* Undoes the masquerade of a packet to the node's address. 1: done; 0: not one of ours; else a negated drop reason. */

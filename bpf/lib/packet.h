@@ -20,6 +20,7 @@
 #include "drop.h"
 #include "mark.h"
 #include "maps.h"
+#include "service.h"
 
 #define ETH_HLEN_ ((__u16)sizeof(struct ethhdr))
 #define IPV6_EXT_MAX 6
@@ -121,6 +122,17 @@ struct scratch {
 	__u32 flags;        /* enum ct_flag of the row that was found or made */
 	union addr tunnel;  /* underlay address of the destination's node, zero: none */
 	__u8 octets[256];   /* for building packets */
+	/* What translate.h works with. */
+	struct wish wish;
+	struct translation_key out;  /* client to frontend */
+	struct translation_key back; /* backend to client */
+	struct translation chosen;   /* as the row of `out`: the backend; `flags` say where it is */
+	union addr frontend;         /* that the packet was sent to, while `service` is set */
+	__be16 frontend_port;
+	__u8 made;          /* the packet is the first of its translation */
+	__u8 dsr;           /* `frontend` came in the packet: its node asks this one to answer the client */
+	__u32 service;      /* number, of a packet that was translated to its backend; else 0 */
+	__u64 client_netns; /* cookie of the sending pod's network namespace, 0: not known */
 };
 
 struct {
@@ -160,6 +172,24 @@ static __always_inline void addr_set_v4(union addr *to, __be32 v4)
 	to->d[0] = 0;
 	to->w[2] = bpf_htonl(0xffff);
 	to->w[3] = v4;
+}
+
+static __always_inline union addr gateway_of(__u8 family)
+{
+	return family == 4 ? config_addr(&config_gateway_v4) : config_addr(&config_gateway_v6);
+}
+
+static __always_inline void translation_key_set(struct translation_key *key, const union addr *client,
+						__be16 client_port, const union addr *peer, __be16 peer_port,
+						__u8 protocol, __u8 dir)
+{
+	key->client = *client;
+	key->peer = *peer;
+	key->client_port = client_port;
+	key->peer_port = peer_port;
+	key->protocol = protocol;
+	key->dir = dir;
+	key->pad = 0;
 }
 
 static __always_inline bool addr_is_v4(const union addr *x)

@@ -33,10 +33,12 @@ enum frontend_flag {
 	FRONTEND_LOCAL = 1 << 4, /* every backend is on this node: the client's address is kept */
 	FRONTEND_DSR = 1 << 5,   /* a backend on another node answers the client itself */
 	FRONTEND_SKIPS = 1 << 6, /* clients in `skips` pass it by (skipRedirectFromBackend) */
+	FRONTEND_HERE =
+		1 << 7, /* of the unspecified address: at this node's addresses, not at other nodes' (host ports) */
 };
 
 struct frontend {
-	__u32 service;  /* number of the service port's owner: for affinity, source ranges and events; from 1 */
+	__u32 service;  /* of a port of an owner, in one IP version: affinity, source ranges, events; from 1 */
 	__u32 set;      /* backends, in `slots` and `maglev` */
 	__u32 count;    /* slots of the set; 0: there is no backend */
 	__u32 affinity; /* seconds */
@@ -176,7 +178,9 @@ enum translation_dir {
 	TRANSLATION_BACK = 1, /* backend to client */
 };
 
-/* The client's end is as the backend sees it; `peer`: the frontend (OUT) or the backend (BACK). */
+/* `peer`: the frontend (OUT) or the backend (BACK). The client's address is its own; but in BACK of a hairpin it is the
+ * gateway, as the backend sees it.
+ */
 struct translation_key {
 	union addr client;
 	union addr peer;
@@ -191,7 +195,8 @@ enum translation_flag {
 	TRANSLATION_SNAT = 1 << 0, /* the client's address became this node's: its mapping is in `nat` */
 	TRANSLATION_DSR = 1 << 1,  /* the backend's node answers the client itself */
 	TRANSLATION_HAIRPIN =
-		1 << 2, /* client and backend are one pod: the client's address became the pods' gateway */
+		1 << 2,             /* client and backend are one pod: the client's address became the pods' gateway */
+	TRANSLATION_LOCAL = 1 << 3, /* the backend is a pod of this node, or this node */
 };
 
 /* Both rows of a translated connection; either may be evicted, the next packet of the client makes it anew. */
@@ -242,3 +247,25 @@ struct {
 	__type(value, struct socket_peer);
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } socket_peers SEC(".maps");
+
+/* Which backend an unconnected UDP socket's datagrams to a frontend go to: the same as long as they go on, as if it
+ * were a connection.
+ */
+struct socket_flow {
+	union addr addr; /* the backend's */
+	__be16 port;
+	__u16 pad;
+	__u32 service;
+	__u32 backend;
+	__u32 spare;
+	__u64 used; /* expiry_clock(), to a second */
+};
+_Static_assert(sizeof(struct socket_flow) == 40, "struct socket_flow has no implicit padding");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct socket_peer_key); /* with the frontend's address and port */
+	__type(value, struct socket_flow);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} socket_flows SEC(".maps");

@@ -152,7 +152,7 @@ static __always_inline int shortcut(struct __sk_buff *skb)
 	before = e->flags;
 	reply = g.from_b != !!(before & CT_ORIG_B);
 	flags = ct_flags_after(before, g.tcp_flags, reply);
-	if (e->epoch != at || e->expires <= now || before & (CT_DENIED | CT_PROXIED))
+	if (e->epoch != at || e->expires <= now || before & (CT_DENIED | CT_PROXIED | CT_SERVICE))
 		return SHORTCUT_NONE;
 	if (ct_closed(flags) && !ct_closed(before)) /* there is an end to report */
 		return SHORTCUT_NONE;

@@ -12,6 +12,7 @@ enum track_mode {
 	TRACK_REPLY = 2,      /* only packets of a known connection may pass */
 	TRACK_NODE = 3,       /* as TRACK_POLICY, but TCP that is under way and not known is TRACK_ASK */
 	TRACK_REVERSED = 4,   /* as TRACK_POLICY, but a connection not known was begun by the packet's destination */
+	TRACK_DSR = 5,        /* only packets of a client's known connection that another node passes on may pass */
 };
 
 enum track_result {
@@ -103,6 +104,9 @@ static __always_inline void decide_again(struct scratch *s, struct ct_entry *e, 
 	 */
 	if (!from->known && flags & CT_TUNNEL && e->identity[0] >= IDENTITY_ALLOCATED_MIN && !(e->identity[0] >> 24))
 		from->identity = e->identity[0];
+	/* A client outside whom another node gave its own address stays one. */
+	if (from->known && flags & CT_TUNNEL && scope_of(e->identity[0]) == SCOPE_WORLD)
+		from->identity = e->identity[0];
 	error = decide(s, reply);
 	/* A proxied connection that is now plainly allowed stays with the proxy; one that must change its proxy ends.
 	 * So does the proxy's leg: what waits in the proxy was not judged by the new rules.
@@ -126,11 +130,14 @@ static __always_inline void decide_again(struct scratch *s, struct ct_entry *e, 
 	e->epoch = s->epoch;
 }
 
-/* Whether this sender may report on the quoted packet: its destination may, and routers, which pods are not. */
+/* Whether this sender may report on the quoted packet: its destination may, and routers, which pods are not. What is of the
+ * world in the overlay was passed on by a node that was asked for a service.
+ */
 static __always_inline bool may_report(const struct scratch *s)
 {
 	bool pod = s->observation == OBS_FROM_POD ||
-		   (s->observation == OBS_FROM_OVERLAY && s->ends[0].identity != IDENTITY_REMOTE_NODE);
+		   (s->observation == OBS_FROM_OVERLAY && s->ends[0].identity != IDENTITY_REMOTE_NODE &&
+		    scope_of(s->ends[0].identity) != SCOPE_WORLD);
 
 	return !pod || addr_equal(&s->p.saddr, &s->p.q_daddr);
 }
@@ -186,12 +193,36 @@ static __always_inline bool answers_proxy(struct scratch *s, bool from_b)
 	return found;
 }
 
+/* Keeps CT_SERVICE true of the connection's last packet from the originator; 0 or a negated drop reason. A pod may speak
+ * with a backend through a service and past it from one port: UDP is answered as it last asked, TCP has one connection.
+ */
+static __always_inline int track_service(struct scratch *s, struct ct_entry *e)
+{
+	if (s->dsr && !(e->flags & CT_DSR)) {
+		__sync_fetch_and_or(&e->flags, CT_SERVICE | CT_DSR);
+	} else if (s->service && !(e->flags & CT_SERVICE)) {
+		__sync_fetch_and_or(&e->flags, CT_SERVICE);
+	} else if (!s->service && e->flags & CT_SERVICE && s->observation == OBS_FROM_POD) {
+		if (s->p.protocol == IPPROTO_TCP)
+			return -DROP_NAT_NO_MAPPING;
+		__sync_fetch_and_and(&e->flags, ~CT_SERVICE);
+	}
+	return 0;
+}
+
 static __always_inline int track_known(struct scratch *s, struct ct_entry *e, bool reply, bool embryonic)
 {
 	s->ct_state = reply ? CT_STATE_REPLY : CT_STATE_ESTABLISHED;
 	s->answers = reply;
 	if (e->epoch != s->epoch && (s->leg == LEG_DIRECT || s->ends[0].known))
 		decide_again(s, e, reply);
+	s->flags = e->flags;
+	if (!reply) {
+		int error = track_service(s, e);
+
+		if (error)
+			return error;
+	}
 	if (e->flags & CT_DENIED) {
 		s->rule[DIR_EGRESS] = e->rule[DIR_EGRESS];
 		s->rule[DIR_INGRESS] = e->rule[DIR_INGRESS];
@@ -206,11 +237,6 @@ static __always_inline int track_known(struct scratch *s, struct ct_entry *e, bo
 	return TRACK_FORWARD;
 }
 
-static __always_inline bool is_first_segment(const struct pkt *p)
-{
-	return p->protocol == IPPROTO_TCP && p->frag != FRAG_LATER && (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
-}
-
 /* A first segment that begins another connection: the row's is over or denied, or it comes from the wrong end, which a
  * row must not let in unasked. A simultaneous open still works where both ends' policies allow it.
  */
@@ -219,12 +245,27 @@ static __always_inline bool begins_anew(const struct pkt *p, const struct ct_ent
 	return is_first_segment(p) && (reply || e->flags & CT_DENIED || ct_closed(e->flags));
 }
 
+/* Whether the packet, which has no row, answers a client's connection to a service: its row was evicted, and the packet is
+ * not its maker. What the client may is asked as ever: the translation came before its policy.
+ */
+static __always_inline bool answers_client(struct scratch *s)
+{
+	const struct pkt *p = &s->p;
+	struct translation *row;
+
+	if (s->service || is_first_segment(p) || (p->protocol != IPPROTO_TCP && p->protocol != IPPROTO_UDP))
+		return false;
+	translation_key_set(&s->back, &p->daddr, p->dport, &p->saddr, p->sport, p->protocol, TRANSLATION_BACK);
+	row = bpf_map_lookup_elem(&translations, &s->back);
+	return row && row->expires > s->now && !ct_closed(row->state);
+}
+
 /* Returns enum track_result or a negated drop reason. s->epoch was read before the ends were resolved. */
 static __noinline int track(struct scratch *s, int mode)
 {
 	struct pkt *p;
 	struct ct_entry *e;
-	bool embryonic, from_b, reply = false, anew = false;
+	bool embryonic, from_b, reply = false, anew = false, answers;
 	int error;
 
 	if (!s)
@@ -252,14 +293,19 @@ static __noinline int track(struct scratch *s, int mode)
 	}
 	if (mode == TRACK_REPLY && !(e && reply && !anew))
 		return -DROP_INVALID_SIP;
+	if (mode == TRACK_DSR && !(e && !reply && !anew && e->flags & CT_DSR))
+		return -DROP_INVALID_SIP;
 	if (e && !anew)
 		return track_known(s, e, reply, embryonic);
 	if (mode == TRACK_NODE && p->protocol == IPPROTO_TCP && !is_first_segment(p))
 		return TRACK_ASK;
-	reply = mode == TRACK_REVERSED;
+	answers = mode == TRACK_POLICY && !e && answers_client(s);
+	reply = mode == TRACK_REVERSED || answers;
 	s->answers = reply;
 	s->ct_state = reply ? CT_STATE_REPLY : CT_STATE_NEW;
 	s->flags = reply ? CT_SEEN_REPLY : 0;
+	if (s->service || s->dsr || answers)
+		s->flags |= s->dsr ? CT_SERVICE | CT_DSR : CT_SERVICE;
 	if (mode == TRACK_FROM_PROXY && !s->ends[0].known) /* the redirect knew its identity from the tunnel header */
 		return ct_create(s, from_b, false, CT_SEEN_REPLY);
 	error = decide(s, reply);
@@ -267,6 +313,8 @@ static __noinline int track(struct scratch *s, int mode)
 		return error;
 	if (mode == TRACK_FROM_PROXY)
 		return ct_create(s, from_b, false, CT_SEEN_REPLY);
+	if (s->l7 && answers) /* the proxy has the connection, or nobody does */
+		return -DROP_PROXY_NOT_FOUND;
 	if (s->l7)
 		s->flags |= CT_PROXIED;
 	if (anew && !s->settled)

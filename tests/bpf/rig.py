@@ -27,7 +27,7 @@ from ciliate.datapath.endpoints import EndpointId, EndpointRow
 from ciliate.datapath.events import EventReader
 from ciliate.datapath.ipcache import IpcacheRow
 from ciliate.datapath.netlink import in_netns
-from ciliate.datapath.node import Datapath, DatapathConfig
+from ciliate.datapath.node import Datapath, DatapathConfig, netns_cookie
 from ciliate.datapath.object import RunResult
 from ciliate.identity.numbers import IdentityId
 from ciliate.policy.image import Direction, PolicyImage
@@ -70,6 +70,7 @@ class Pod:
     device: str
     mac: bytes
     gw_mac: bytes
+    cookie: int
     wire: "Wire"
 
 
@@ -279,6 +280,7 @@ class Rig:
         if quiet:
             self.sysctl(netns, "net.ipv6.conf.eth0.disable_ipv6=1")
             self.ip("addr", "flush", "dev", "eth0", netns=netns)
+        cookie = in_netns(netns, netns_cookie)
         self.path.endpoints.upsert(
             EndpointRow(
                 id=EndpointId(number),
@@ -289,6 +291,7 @@ class Rig:
                 v4=IPv4Address(pod_address(number, 4)) if 4 in families else None,
                 v6=IPv6Address(pod_address(number, 6)) if 6 in families else None,
                 mtu=self.path.pod_mtu,
+                netns_cookie=cookie,
             )
         )
         self.path.ipcache.upsert({str(a): IpcacheRow(identity=1000 + number, pod=True) for a in addresses})
@@ -299,6 +302,7 @@ class Rig:
             device=device,
             mac=wired.mac,
             gw_mac=wired.gw_mac,
+            cookie=cookie,
             wire=self.wire(netns, "eth0"),
         )
         self.numbers[f"pod{number}"] = wired.ifindex

@@ -29,6 +29,7 @@ ADR = Path(__file__).parents[2] / "docs/adr/0002-every-way-into-and-out-of-a-pod
 HERE = (
     Path(__file__),
     Path(__file__).with_name("test_rows_proxy.py"),
+    Path(__file__).with_name("test_services.py"),
     Path(__file__).parents[1] / "datapath/test_host_firewall.py",
 )
 both = pytest.mark.parametrize("family", [4, 6])

@@ -39,6 +39,8 @@ class EndpointRow:
     v6: IPv6Address | None = None
     mtu: int
     audit: bool = False
+    netns_cookie: int = 0
+    """Of its network namespace, 0: not known. Redirects that pass by a pod know it by this."""
 
     def addresses(self) -> tuple[IPv4Address | IPv6Address, ...]:
         """Its addresses, IPv4 first."""
@@ -140,6 +142,7 @@ class Endpoints:
         new["id"], new["identity"], new["ifindex"] = row.id, row.identity, row.ifindex
         new["v4"], new["v6"] = np.void(addr_bytes(row.v4)), np.void(addr_bytes(row.v6))
         new["mac"], new["gw_mac"] = np.void(row.mac), np.void(row.gw_mac)
+        new["netns"] = row.netns_cookie
         new["mtu"], new["options"] = row.mtu, self._audit if row.audit else 0
         new["policy"] = self._policies.get(row.id, (PENDING_POLICY, PENDING_POLICY))
         same_addresses = old is not None and all(old[f].tobytes() == new[f].tobytes() for f in ("v4", "v6", "ifindex"))
