@@ -99,7 +99,7 @@ class Datapath:
         self.config = config
         self.features = features
         self.links = links
-        self.sockets = CgroupLinks(links.root.with_name("cgroup"))
+        self.sockets: CgroupLinks
         self._object: BpfObject
         self._devices: NodeDevices
         self.netns_cookies: dict[IPv4Address | IPv6Address, int] = {}
@@ -129,6 +129,7 @@ class Datapath:
 
     def _start(self, root: Path) -> None:
         config = self.config
+        self.sockets = CgroupLinks(root / "cgroup")
         self._devices = self._ensure_devices()
         self._object = self._load(root / "maps")
         try:
