@@ -27,13 +27,8 @@ static __always_inline void event_service(struct scratch *s, struct event *e)
 	}
 	if (!(s->flags & CT_SERVICE) || !s->answers || s->p.quoted)
 		return;
-	s->back.client = s->p.daddr;
-	s->back.peer = s->p.saddr;
-	s->back.client_port = s->p.dport;
-	s->back.peer_port = s->p.sport;
-	s->back.protocol = s->p.protocol;
-	s->back.dir = TRANSLATION_BACK;
-	s->back.pad = 0;
+	translation_key_set(&s->back, &s->p.daddr, s->p.dport, &s->p.saddr, s->p.sport, s->p.protocol,
+			    TRANSLATION_BACK);
 	row = bpf_map_lookup_elem(&translations, &s->back);
 	if (!row)
 		return;

@@ -179,6 +179,19 @@ static __always_inline union addr gateway_of(__u8 family)
 	return family == 4 ? config_addr(&config_gateway_v4) : config_addr(&config_gateway_v6);
 }
 
+static __always_inline void translation_key_set(struct translation_key *key, const union addr *client,
+						__be16 client_port, const union addr *peer, __be16 peer_port,
+						__u8 protocol, __u8 dir)
+{
+	key->client = *client;
+	key->peer = *peer;
+	key->client_port = client_port;
+	key->peer_port = peer_port;
+	key->protocol = protocol;
+	key->dir = dir;
+	key->pad = 0;
+}
+
 static __always_inline bool addr_is_v4(const union addr *x)
 {
 	return !x->d[0] && x->w[2] == bpf_htonl(0xffff);

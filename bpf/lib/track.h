@@ -245,12 +245,27 @@ static __always_inline bool begins_anew(const struct pkt *p, const struct ct_ent
 	return is_first_segment(p) && (reply || e->flags & CT_DENIED || ct_closed(e->flags));
 }
 
+/* Whether the packet, which has no row, answers a client's connection to a service: its row was evicted, and the packet is
+ * not its maker. What the client may is asked as ever: the translation came before its policy.
+ */
+static __always_inline bool answers_client(struct scratch *s)
+{
+	const struct pkt *p = &s->p;
+	struct translation *row;
+
+	if (s->service || is_first_segment(p) || (p->protocol != IPPROTO_TCP && p->protocol != IPPROTO_UDP))
+		return false;
+	translation_key_set(&s->back, &p->daddr, p->dport, &p->saddr, p->sport, p->protocol, TRANSLATION_BACK);
+	row = bpf_map_lookup_elem(&translations, &s->back);
+	return row && row->expires > s->now && !ct_closed(row->state);
+}
+
 /* Returns enum track_result or a negated drop reason. s->epoch was read before the ends were resolved. */
 static __noinline int track(struct scratch *s, int mode)
 {
 	struct pkt *p;
 	struct ct_entry *e;
-	bool embryonic, from_b, reply = false, anew = false;
+	bool embryonic, from_b, reply = false, anew = false, answers;
 	int error;
 
 	if (!s)
@@ -284,10 +299,13 @@ static __noinline int track(struct scratch *s, int mode)
 		return track_known(s, e, reply, embryonic);
 	if (mode == TRACK_NODE && p->protocol == IPPROTO_TCP && !is_first_segment(p))
 		return TRACK_ASK;
-	reply = mode == TRACK_REVERSED;
+	answers = mode == TRACK_POLICY && !e && answers_client(s);
+	reply = mode == TRACK_REVERSED || answers;
 	s->answers = reply;
 	s->ct_state = reply ? CT_STATE_REPLY : CT_STATE_NEW;
 	s->flags = reply ? CT_SEEN_REPLY : 0;
+	if (s->service || s->dsr || answers)
+		s->flags |= s->dsr ? CT_SERVICE | CT_DSR : CT_SERVICE;
 	if (mode == TRACK_FROM_PROXY && !s->ends[0].known) /* the redirect knew its identity from the tunnel header */
 		return ct_create(s, from_b, false, CT_SEEN_REPLY);
 	error = decide(s, reply);
@@ -295,10 +313,10 @@ static __noinline int track(struct scratch *s, int mode)
 		return error;
 	if (mode == TRACK_FROM_PROXY)
 		return ct_create(s, from_b, false, CT_SEEN_REPLY);
+	if (s->l7 && answers) /* the proxy has the connection, or nobody does */
+		return -DROP_PROXY_NOT_FOUND;
 	if (s->l7)
 		s->flags |= CT_PROXIED;
-	if (s->service || s->dsr)
-		s->flags |= s->dsr ? CT_SERVICE | CT_DSR : CT_SERVICE;
 	if (anew && !s->settled)
 		bpf_map_delete_elem(&ct, &s->key); /* only now: a refused attempt leaves the row alone */
 	error = ct_create(s, from_b, reply, s->flags);

@@ -34,19 +34,6 @@ static __always_inline bool is_under_way(const struct pkt *p)
 	return p->protocol == IPPROTO_TCP && !is_first_segment(p);
 }
 
-static __always_inline void translation_key_set(struct translation_key *key, const union addr *client,
-						__be16 client_port, const union addr *peer, __be16 peer_port,
-						__u8 protocol, __u8 dir)
-{
-	key->client = *client;
-	key->peer = *peer;
-	key->client_port = client_port;
-	key->peer_port = peer_port;
-	key->protocol = protocol;
-	key->dir = dir;
-	key->pad = 0;
-}
-
 static __always_inline struct translation *translation_find(const struct translation_key *key, __u64 now)
 {
 	struct translation *row = bpf_map_lookup_elem(&translations, key);

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.bpf.rig import Rig, rig
+from tests.bpf.services import Services
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -30,3 +31,12 @@ def node(shared: Rig) -> Iterator[Rig]:
     shared.fresh()
     yield shared
     shared.apply()
+
+
+@pytest.fixture
+def services(node: Rig) -> Iterator[Services]:
+    """The node's services, none at first."""
+    made = Services(node)
+    made.clear()
+    yield made
+    made.clear()

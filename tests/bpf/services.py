@@ -6,9 +6,11 @@ from ipaddress import IPv4Address, ip_address
 from typing import Any, Final
 
 import numpy as np
+from scapy.packet import Packet
 
 from ciliate.datapath.maps import addr_bytes
-from tests.bpf.rig import NODE, Rig
+from tests.bpf.packets import tcp, udp
+from tests.bpf.rig import NODE, Rig, pod_address
 
 TCP, UDP, SCTP_NUMBER = 6, 17, 132
 CLUSTER, EXTERNAL = 0, 1
@@ -117,3 +119,32 @@ class Services:
         table = self.node.path.map("translations")
         keys, _ = table.dump()
         assert table.delete_many(keys[np.isin(keys["dir"], directions)]) > 0
+
+
+NUMBER: Final = {"udp": UDP, "tcp": TCP}
+FRONT: Final = {4: "10.96.0.10", 6: "fd00:96::10"}
+BACKEND: Final = 8053
+
+
+def packet(kind: str, source: str, to: str, sport: int, dport: int, flags: str = "S") -> Packet:
+    """Return a packet of either protocol."""
+    return udp(source, to, sport, dport) if kind == "udp" else tcp(source, to, sport, dport, flags)
+
+
+def send(node: Rig, number: int, one: Packet) -> None:
+    """Send a packet from a pod."""
+    node.pods[number].wire.send(node.from_pod(number, one))
+
+
+def between(node: Rig, kind: str, family: int, *, sport: int = 4000, port: int = 53, front: str = "") -> None:
+    """Pod 2 asks a frontend whose backend is pod 3, which answers; octets are compared."""
+    two, three, front = pod_address(2, family), pod_address(3, family), front or FRONT[family]
+    send(node, 2, packet(kind, two, front, sport, port))
+    assert node.pods[3].wire.receive() == node.to_pod(3, packet(kind, two, three, sport, BACKEND))
+    send(node, 3, packet(kind, three, two, BACKEND, sport, "SA"))
+    assert node.pods[2].wire.receive() == node.to_pod(2, packet(kind, front, two, port, sport, "SA"))
+
+
+def flags(node: Rig) -> list[set[str]]:
+    """Return the flags of each connection; which address is the larger is left out."""
+    return [set(row["flags"]) - {"ORIG_B"} for row in node.path.conntrack.list()]

@@ -159,7 +159,7 @@ def test_overlay_packet_of_no_node_is_dropped(node: Rig, family: int, outer: str
 
 
 @both
-@pytest.mark.parametrize("vni", [0, 1, 2, 9, 10])
+@pytest.mark.parametrize("vni", [0, 1, 9, 10])
 def test_identity_that_no_other_node_can_speak_for_is_dropped(node: Rig, family: int, vni: int) -> None:
     """A VNI has 24 bits, so node-local identities (bits 24 and up) cannot even be said."""
     inner = udp(REMOTE_POD[family], pod_address(3, family), 4000, 53)

@@ -40,11 +40,12 @@ class Counter:
 
 
 class Conntrack:
-    """Rows of connections (``ct``, ``ct_new``), of masquerading (``nat``) and of fragments."""
+    """Rows of connections (``ct``, ``ct_new``), masquerading (``nat``), services (``translations``) and fragments."""
 
     def __init__(self, tables: Mapping[str, Table], btf: Btf) -> None:
         self._connections = [tables["ct"], tables["ct_new"]]
         self._nat = tables["nat"]
+        self._translations = tables["translations"]
         self._fragments = tables["fragments"]
         self._flags = btf.enum("ct_flag") if btf.has_enum("ct_flag") else {}
 
@@ -107,6 +108,9 @@ class Conntrack:
                 deleted += table.delete_many(keys[_names(keys["a"], raws) | _names(keys["b"], raws)])
         for keys, values in self._nat.chunks():
             deleted += self._nat.delete_many(keys[_names(keys["inner"], raws) | _names(values["addr"], raws)])
+        for keys, _ in self._translations.chunks():
+            gone = keys[_names(keys["client"], raws) | _names(keys["peer"], raws)]
+            deleted += self._translations.delete_many(gone)
         for keys, _ in self._fragments.chunks():
             deleted += self._fragments.delete_many(keys[_names(keys["saddr"], raws) | _names(keys["daddr"], raws)])
         return deleted
@@ -115,7 +119,7 @@ class Conntrack:
         """Delete expired rows (programs ignore them already); return how many. ``now``: expiry clock, nanoseconds."""
         at = expiry_clock() if now is None else now
         deleted = 0
-        for table in (*self._connections, self._nat, self._fragments):
+        for table in self._tables():
             for keys, values in table.chunks():
                 expired = keys[values["expires"] < at]
                 # Looked at once more, so that a row used again meanwhile stays.
@@ -125,9 +129,11 @@ class Conntrack:
 
     def counts(self) -> dict[str, int]:
         """Return how many rows each table has."""
-        return {
-            t.name: sum(len(keys) for keys, _ in t.chunks()) for t in (*self._connections, self._nat, self._fragments)
-        }
+        return {t.name: sum(len(keys) for keys, _ in t.chunks()) for t in self._tables()}
+
+    def _tables(self) -> tuple[Table, ...]:
+        """Every table whose rows expire."""
+        return (*self._connections, self._nat, self._translations, self._fragments)
 
 
 def _names(column: Array, raws: Collection[bytes]) -> Mask:
