@@ -34,7 +34,7 @@ demo: root setup ## a two-node cluster, pods, policies, and who could reach whom
 test: root setup-test vm ## every test; TEST_ARGS are passed to pytest
 	@$(BIN)/pytest $(TEST_ARGS)
 
-bench: root setup-test build/netbench build/framegen ## measured against what one would run instead (ONLY=text, ROUNDS=n)
+bench: root setup-test build/netbench build/framegen $(if $(findstring emulated,$(ONLY)),vm $(STAMPS)/ipvs) ## measured against what one would run instead (ONLY=text, ROUNDS=n)
 	@$(BIN)/python -m bench $(if $(ONLY),--only '$(ONLY)') $(if $(ROUNDS),--rounds $(ROUNDS))
 
 lint: setup-test types ## formatters, linters, import rules, types
@@ -114,6 +114,12 @@ $(STAMPS)/package: pyproject.toml setup.py MANIFEST.in src/ciliate/datapath/_lib
 $(STAMPS)/vm: scripts/apt-extract $(STAMPS)/apt-test
 	@echo "vm: unpacking Debian's kernel below build/vm"
 	@scripts/apt-extract build/vm @linux-image-amd64
+	@touch $@
+
+# What configures IPVS, for a benchmark in that kernel.
+$(STAMPS)/ipvs: scripts/apt-extract $(STAMPS)/apt-test
+	@echo "ipvs: unpacking ipvsadm and ipset below build/ipvs"
+	@scripts/apt-extract build/ipvs ipvsadm libnl-3-200 libnl-genl-3-200 libpopt0 ipset libipset13
 	@touch $@
 
 $(STAMPS)/runtime: scripts/apt-extract $(STAMPS)/apt-test

@@ -22,7 +22,7 @@ from bench.sites import CLIENT, SERVER
 
 TOOLS: Final = Path(__file__).parent.parent / "build/ipvs"
 SIZES: Final = (1, 10_000)
-ROUNDS: Final = 11
+ROUNDS: Final = 7
 _MODULES: Final = ("ip_vs_rr", "dummy", "ip_set_hash_ipport", "ip_set_hash_ipportip", "ip_set_hash_ip", "xt_set")
 
 

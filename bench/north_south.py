@@ -98,8 +98,8 @@ def kube_proxy(stack: ExitStack, name: str, mode: str) -> Forwarder:
     return Forwarder(site.outside, frame, "stack")
 
 
-def ciliate(stack: ExitStack, name: str) -> Forwarder:
-    """A node of ours that routes natively."""
+def ciliate(stack: ExitStack, name: str, *, xdp: bool) -> Forwarder:
+    """A node of ours that routes natively; ``xdp``: what is known is forwarded before the kernel makes an skb of it."""
     site = routed(stack, name, ())
     way_to_backend(site.node)
     config = DatapathConfig(
@@ -110,6 +110,7 @@ def ciliate(stack: ExitStack, name: str) -> Forwarder:
         ipv6=False,
         tunnel=False,
         node_v4=NODE,
+        xdp="native" if xdp else "off",
     )
     path = site.node.do(lambda: Datapath.open(config))
     stack.callback(site.node.do, path.remove)
@@ -122,4 +123,4 @@ def ciliate(stack: ExitStack, name: str) -> Forwarder:
     )
     fill(path, [service()])
     frame = datagram(_mac(site.outside, "eth0"), _mac(site.node, "eth0"), service().node_port)
-    return Forwarder(site.outside, frame, "stack")
+    return Forwarder(site.outside, frame, "drop" if xdp else "stack")

@@ -89,7 +89,7 @@ def _connections() -> Iterator[_Planned]:
 
 _PACKETS: Final = [
     (f"services: packets to a node port, {ours} vs {peer}", ours, peer)
-    for ours, peer in (("tc", "iptables"), ("tc", "nftables"))
+    for ours, peer in (("xdp", "tc"), ("xdp", "iptables"), ("xdp", "nftables"), ("tc", "iptables"), ("tc", "nftables"))
 ]
 
 
@@ -149,7 +149,7 @@ def _run_connections(wanted: set[str], rounds: int, progress: Progress) -> list[
 def _forwarder(stack: ExitStack, system: str) -> Forwarder:
     if system in _PEERS:
         return north_south.kube_proxy(stack, f"ns-{system}", system)
-    return north_south.ciliate(stack, f"ns-{system}")
+    return north_south.ciliate(stack, f"ns-{system}", xdp=system == "xdp")
 
 
 def _run_packets(wanted: set[str], rounds: int, progress: Progress) -> list[Row]:

@@ -36,5 +36,5 @@ def test_results_have_the_agreed_fields(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_names_of_rows_are_unique() -> None:
-    names = [name for section in command.SECTIONS for name in section.names()]
+    names = [name for section in (*command.SECTIONS, *command.ASKED_FOR.values()) for name in section.names()]
     assert len(names) == len(set(names)) > 30
