@@ -46,7 +46,12 @@ def offer(
 ) -> int:
     """Make a service that the world may ask; at a node port unless told otherwise."""
     return services.add(
-        at or ANY[family], port, [(backend, BACKEND)] if backend else [], protocol=NUMBER[kind], flags=flags, scope=EXTERNAL
+        at or ANY[family],
+        port,
+        [(backend, BACKEND)] if backend else [],
+        protocol=NUMBER[kind],
+        flags=flags,
+        scope=EXTERNAL,
     )
 
 
@@ -422,7 +427,9 @@ def test_what_another_node_may_not_pass_on(node: Rig, services: Services, family
 
 @both
 @kinds
-def test_error_of_the_client_reaches_the_backend_elsewhere(node: Rig, services: Services, family: int, kind: str) -> None:
+def test_error_of_the_client_reaches_the_backend_elsewhere(
+    node: Rig, services: Services, family: int, kind: str
+) -> None:
     offer(services, family, kind, REMOTE_POD[family])
     left = forwarded(node, kind, family, NODE[family], NODE_PORT)
     answer = packet(kind, NODE[family], WORLD[family], NODE_PORT, 4000, "SA")
@@ -436,7 +443,9 @@ def test_error_of_the_client_reaches_the_backend_elsewhere(node: Rig, services: 
 
 @both
 @kinds
-def test_error_of_the_backend_elsewhere_reaches_the_client(node: Rig, services: Services, family: int, kind: str) -> None:
+def test_error_of_the_backend_elsewhere_reaches_the_client(
+    node: Rig, services: Services, family: int, kind: str
+) -> None:
     offer(services, family, kind, REMOTE_POD[family])
     left = forwarded(node, kind, family, NODE[family], NODE_PORT)
     asked = packet(kind, NODE[family], REMOTE_POD[family], left, BACKEND)

@@ -34,7 +34,14 @@ def test_programs_load_with_any_flags(values: tuple[bool, ...]) -> None:
         obj.set_config({**NUMBERS, **ADDRESSES, **dict(zip(flags(), values, strict=True))}, complete=True)
         obj.set_max_entries(dict.fromkeys(SMALL, 4096))
         obj.load()
-        assert sorted(obj.programs) == ["from_host", "from_netdev", "from_overlay", "from_pod", "to_netdev"]
+        assert sorted(obj.programs) == [
+            "from_host",
+            "from_netdev",
+            "from_overlay",
+            "from_pod",
+            "to_netdev",
+            "xdp_netdev",
+        ]
 
 
 @pytest.mark.parametrize("number", sorted(NUMBERS))
