@@ -34,7 +34,7 @@ demo: root setup ## a two-node cluster, pods, policies, and who could reach whom
 test: root setup-test vm ## every test; TEST_ARGS are passed to pytest
 	@$(BIN)/pytest $(TEST_ARGS)
 
-bench: root setup-test build/netbench ## measured against what one would run instead (ONLY=text, ROUNDS=n)
+bench: root setup-test build/netbench build/framegen ## measured against what one would run instead (ONLY=text, ROUNDS=n)
 	@$(BIN)/python -m bench $(if $(ONLY),--only '$(ONLY)') $(if $(ROUNDS),--rounds $(ROUNDS))
 
 lint: setup-test types ## formatters, linters, import rules, types
@@ -66,7 +66,7 @@ lock: setup-test ## resolves the dependencies anew
 	done
 
 clean: ## removes what was built, but not the environment
-	@rm -rf build/netbench build/lib* build/temp* build/bdist* dist src/ciliate/datapath/objects/*.o src/ciliate/datapath/*.so
+	@rm -rf build/netbench build/framegen build/lib* build/temp* build/bdist* dist src/ciliate/datapath/objects/*.o src/ciliate/datapath/*.so
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache cni-relay/ciliate-cni
 	@rm -f $(STAMPS)/package
 
@@ -121,5 +121,5 @@ $(STAMPS)/runtime: scripts/apt-extract $(STAMPS)/apt-test
 	@scripts/apt-extract build/runtime containerd runc libseccomp2
 	@touch $@
 
-build/netbench: bench/tools/netbench.c $(STAMPS)/apt-build
+build/netbench build/framegen: build/%: bench/tools/%.c $(STAMPS)/apt-build
 	@gcc -std=gnu11 -O2 -Wall -Wextra -Werror -pthread -o $@ $<

@@ -10,7 +10,7 @@ from typing import Annotated, Final, Protocol
 import typer
 from rich.console import Console
 
-from bench import busy, cni, evaluate, packet, policy, report, scale, traffic
+from bench import busy, cni, evaluate, packet, policy, report, scale, services, services_program, traffic
 from bench.report import Row
 
 
@@ -24,7 +24,7 @@ class Section(Protocol):
         """Measure the wanted rows."""
 
 
-SECTIONS: Final[tuple[Section, ...]] = (traffic, packet, cni, scale, policy, evaluate, busy)
+SECTIONS: Final[tuple[Section, ...]] = (traffic, packet, cni, scale, policy, evaluate, busy, services, services_program)
 
 
 def main(

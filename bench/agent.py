@@ -54,6 +54,7 @@ class Agent:
             "run-dir": str(self.folder / "run"),
             "node-ips": "192.0.2.1",
             "pod-cidrs": "10.1.0.0/20",
+            "socket-lb": "off",
             "ipv6": False,
         }
         self._config = self.folder / "agent.yaml"

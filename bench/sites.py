@@ -118,8 +118,11 @@ class Ours:
     devices: tuple[PodInterface, PodInterface]
 
 
-def ours(stack: ExitStack, name: str, rules: int | None) -> Ours:
-    """Wire both pods; ``rules``: so many in the client's egress policy and in the server's ingress policy."""
+def ours(stack: ExitStack, name: str, rules: int | None, *, cgroup: Path | None = None) -> Ours:
+    """Wire both pods; ``rules``: so many in the client's egress policy and in the server's ingress policy.
+
+    ``cgroup``: whose sockets are given backends of services; None: packets are.
+    """
     node = underlay(stack, f"{name}-node")
     config = DatapathConfig(
         node_name=name,
@@ -128,6 +131,7 @@ def ours(stack: ExitStack, name: str, rules: int | None) -> Ours:
         device="eth0",
         ipv6=False,
         node_v4=IPv4Address("192.0.2.1"),
+        cgroup=cgroup,
     )
     path = node.do(lambda: Datapath.open(config))
     stack.callback(node.do, path.remove)

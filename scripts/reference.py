@@ -10,7 +10,7 @@ from ciliate.daemon.config import _HELP
 from ciliate.datapath.btf import Btf
 from ciliate.datapath.build import OBJECT
 from ciliate.policy.schema.openapi import files as crd_files
-from ciliate.policy.schema.page import policy_page
+from ciliate.policy.schema.page import policy_page, services_page
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 REFERENCE: Final = ROOT / "docs/reference"
@@ -71,7 +71,13 @@ def maps() -> Iterator[str]:
             yield f"| `{name.removeprefix('config_')}` | {variable.description} |"
 
 
-PAGES: Final = {"drop-reasons.md": drop_reasons, "agent.md": agent_options, "maps.md": maps, "policy.md": policy_page}
+PAGES: Final = {
+    "drop-reasons.md": drop_reasons,
+    "agent.md": agent_options,
+    "maps.md": maps,
+    "policy.md": policy_page,
+    "service-objects.md": services_page,
+}
 
 
 def outputs() -> Iterator[tuple[Path, str]]:

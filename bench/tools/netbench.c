@@ -6,7 +6,8 @@
  *   netbench run MODE ADDRESS PORT MILLISECONDS CPU    prints one JSON object
  *
  * MODE stream: octets that arrived at the server, as Gbit/s. MODE rr: one octet there and one back on one connection, round
- * trips a second, and their latency. MODE connect: connect, one octet there and one back, close; connections a second.
+ * trips a second, and their latency. MODE connect: connect, one octet there and one back, close; connections a second, and
+ * the time from the call of connect until the octet is back. ADDRESS may then be a list with commas: they take turns.
  * The first octet that a client sends names the mode. Server and client are pinned to one CPU each. Exit 1: a system call
  * failed, stderr says which.
  */
@@ -27,6 +28,7 @@
 
 #define CHUNK (128 * 1024)
 #define SAMPLES (1 << 22)
+#define TARGETS 256
 
 static char buffer[CHUNK];
 static uint32_t samples[SAMPLES];
@@ -191,23 +193,26 @@ static void run_rr(const struct addrinfo *to, uint64_t duration)
 	       samples[count / 2] / 1e3, samples[count * 99 / 100] / 1e3);
 }
 
-static void run_connect(const struct addrinfo *to, uint64_t duration)
+static void run_connect(struct addrinfo *const *to, size_t many, uint64_t duration)
 {
 	uint64_t start = now_ns();
 	uint64_t last = start;
 	size_t count = 0;
 	char octet;
 
-	while (last - start < duration) {
-		int fd = dial(to, 'c');
+	while (last - start < duration && count < SAMPLES) {
+		uint64_t before = last;
+		int fd = dial(to[count % many], 'c');
 
 		if (recv(fd, &octet, 1, 0) != 1)
 			die("recv");
+		samples[count++] = (uint32_t)(now_ns() - before);
 		close(fd);
-		count++;
 		last = now_ns();
 	}
-	printf("{\"per_s\": %.1f}\n", (double)count * 1e9 / (double)(last - start));
+	qsort(samples, count, sizeof(samples[0]), compare);
+	printf("{\"per_s\": %.1f, \"p50_us\": %.4f, \"p99_us\": %.4f}\n", (double)count * 1e9 / (double)(last - start),
+	       samples[count / 2] / 1e3, samples[count * 99 / 100] / 1e3);
 }
 
 int main(int argc, char **argv)
@@ -218,19 +223,25 @@ int main(int argc, char **argv)
 		serve(argv[2], argv[3]);
 	}
 	if (argc == 7 && !strcmp(argv[1], "run")) {
-		struct addrinfo *to = resolve(argv[3], argv[4]);
+		struct addrinfo *to[TARGETS];
+		size_t many = 0;
 		uint64_t duration = strtoull(argv[5], NULL, 10) * 1000000u;
 
+		for (char *name = strtok(argv[3], ","); name && many < TARGETS; name = strtok(NULL, ","))
+			to[many++] = resolve(name, argv[4]);
+		if (!many)
+			goto usage;
 		pin(argv[6]);
 		if (!strcmp(argv[2], "stream"))
-			run_stream(to, duration);
+			run_stream(to[0], duration);
 		else if (!strcmp(argv[2], "rr"))
-			run_rr(to, duration);
+			run_rr(to[0], duration);
 		else if (!strcmp(argv[2], "connect"))
-			run_connect(to, duration);
+			run_connect(to, many, duration);
 		else
 			goto usage;
-		freeaddrinfo(to);
+		while (many)
+			freeaddrinfo(to[--many]);
 		return 0;
 	}
 usage:

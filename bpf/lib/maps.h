@@ -385,6 +385,7 @@ enum observation {
 	OBS_FROM_OVERLAY = 3,
 	OBS_FROM_NETDEV = 4,
 	OBS_TO_NETDEV = 5,
+	OBS_SOCKET = 6,
 };
 
 enum ct_state { CT_STATE_NEW = 0, CT_STATE_ESTABLISHED = 1, CT_STATE_REPLY = 2, CT_STATE_RELATED = 3 };

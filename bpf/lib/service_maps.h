@@ -33,10 +33,12 @@ enum frontend_flag {
 	FRONTEND_LOCAL = 1 << 4, /* every backend is on this node: the client's address is kept */
 	FRONTEND_DSR = 1 << 5,   /* a backend on another node answers the client itself */
 	FRONTEND_SKIPS = 1 << 6, /* clients in `skips` pass it by (skipRedirectFromBackend) */
+	FRONTEND_HERE =
+		1 << 7, /* of the unspecified address: at this node's addresses, not at other nodes' (host ports) */
 };
 
 struct frontend {
-	__u32 service;  /* number of the service port's owner: for affinity, source ranges and events; from 1 */
+	__u32 service;  /* of a port of an owner, in one IP version: affinity, source ranges, events; from 1 */
 	__u32 set;      /* backends, in `slots` and `maglev` */
 	__u32 count;    /* slots of the set; 0: there is no backend */
 	__u32 affinity; /* seconds */
@@ -245,3 +247,25 @@ struct {
 	__type(value, struct socket_peer);
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } socket_peers SEC(".maps");
+
+/* Which backend an unconnected UDP socket's datagrams to a frontend go to: the same as long as they go on, as if it
+ * were a connection.
+ */
+struct socket_flow {
+	union addr addr; /* the backend's */
+	__be16 port;
+	__u16 pad;
+	__u32 service;
+	__u32 backend;
+	__u32 spare;
+	__u64 used; /* expiry_clock(), to a second */
+};
+_Static_assert(sizeof(struct socket_flow) == 40, "struct socket_flow has no implicit padding");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct socket_peer_key); /* with the frontend's address and port */
+	__type(value, struct socket_flow);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} socket_flows SEC(".maps");

@@ -8,12 +8,13 @@ import socket
 from collections.abc import Iterator
 
 import pytest
-from scapy.layers.inet import ICMP, IP, IPOption, UDP as UDPHeader
+from scapy.layers.inet import ICMP, IP, IPOption
+from scapy.layers.inet import UDP as UDPHeader
 from scapy.layers.inet6 import HBHOptUnknown, ICMPv6PacketTooBig, IPv6, IPv6ExtHdrDestOpt
 from scapy.layers.l2 import Ether
-from scapy.packet import Packet, Raw
+from scapy.packet import Packet
 
-from tests.bpf.packets import PAYLOAD, fragments, ip, opened, right_checksums, same, tcp, udp, unreachable, vxlan
+from tests.bpf.packets import PAYLOAD, fragments, opened, right_checksums, same, tcp, udp, unreachable, vxlan
 from tests.bpf.policies import EGRESS, INGRESS, dns, not_identity
 from tests.bpf.rig import CIDR, CIDR_IDENTITY, NODE, OTHER_NODE, REMOTE_POD, WORLD, Rig, pod_address, rig
 from tests.bpf.services import DROP, DSR, EXTERNAL, SOURCE_RANGES, TCP, UDP, Services, addr

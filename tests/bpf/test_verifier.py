@@ -12,6 +12,11 @@ NUMBERS = {
     "nat_port_min": 50000, "nat_port_max": 65535, "underlay_mtu": 1500, "tunnel_mtu": 1450,
     "host_netns": 1, "node_port_min": 30000, "node_port_max": 32767, "maglev_size": 16381,
 }  # fmt: skip
+PACKETS = ("from_host", "from_netdev", "from_overlay", "from_pod", "to_netdev", "xdp_netdev")
+SOCKETS = (
+    "connect4", "connect6", "getpeername4", "getpeername6", "post_bind4", "post_bind6", "recvmsg4", "recvmsg6",
+    "sendmsg4", "sendmsg6", "sock_release",
+)  # fmt: skip
 ADDRESSES = {
     "node_v4": "192.0.2.1", "node_v6": "2001:db8::1", "gateway_v4": "169.254.0.1", "gateway_v6": "fe80::c111",
 }  # fmt: skip
@@ -34,14 +39,7 @@ def test_programs_load_with_any_flags(values: tuple[bool, ...]) -> None:
         obj.set_config({**NUMBERS, **ADDRESSES, **dict(zip(flags(), values, strict=True))}, complete=True)
         obj.set_max_entries(dict.fromkeys(SMALL, 4096))
         obj.load()
-        assert sorted(obj.programs) == [
-            "from_host",
-            "from_netdev",
-            "from_overlay",
-            "from_pod",
-            "to_netdev",
-            "xdp_netdev",
-        ]
+        assert sorted(obj.programs) == sorted((*PACKETS, *SOCKETS))
 
 
 @pytest.mark.parametrize("number", sorted(NUMBERS))

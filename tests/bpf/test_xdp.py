@@ -165,8 +165,8 @@ def test_lifetimes_are_refreshed(node: Rig, family: int, kind: str) -> None:
     offer(Services(node), family, kind, REMOTE_POD[family])
     there, back = converse(node, kind, family)
 
-    def left(table: str) -> list[float]:
-        keys, values = node.path.map(table).dump()
+    def left(table: str) -> list[int]:
+        _, values = node.path.map(table).dump()
         return sorted(int(v) for v in values["expires"])
 
     for one in (there, back):
@@ -224,8 +224,8 @@ def test_live_frames_are_turned_round(family: int, mode: str) -> None:
 
 
 def listen(node: Rig) -> None:
-    """Put the program on the far end of the cable, too, where it knows no connection: a veth takes frames that its peer's
-    XDP program sends only if it has one itself.
+    """Put the program on the far end of the cable, too, where it knows no connection: a veth takes what its peer's XDP
+    program sends only if it has one itself.
     """
     program = node.path._object.programs["xdp_netdev"]
 

@@ -126,6 +126,7 @@ class Node:
             "run-dir": str(self.folder / "run"),
             "node-ips": list(NODE_IPS.values()),
             "pod-cidrs": cidrs,
+            "socket-lb": "off",
             "cni-conf-dir": str(self.conf_dir),
             "cni-bin-dir": str(self.bin_dir),
             "cni-plugin": str(RELAY),

@@ -106,3 +106,52 @@ def test_an_invalid_pod_stays_what_it_was(tmp_path: Path) -> None:
     learn(objects, pod | {"spec": {"containers": 3}})
     assert ("default", "a") in objects.pods
     assert "Pod a: spec.containers" in str(objects.rejected["Pod", "default", "a"])
+
+
+def service(name: str, selector: dict[str, str] | None = None) -> dict[str, Any]:
+    spec = {"ports": [{"port": 80}], "selector": selector}
+    return {"apiVersion": "v1", "kind": "Service", "metadata": {"name": name}, "spec": spec}
+
+
+def endpoint_slice(name: str, owner: str, *addresses: str) -> dict[str, Any]:
+    return {
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": {"name": name, "labels": {"kubernetes.io/service-name": owner}},
+        "addressType": "IPv4",
+        "endpoints": [{"addresses": [one]} for one in addresses],
+    }
+
+
+def addresses_of(objects: ClusterObjects, name: str) -> list[str]:
+    return [str(one) for one in objects.service_facts()["default", name].addresses]
+
+
+def test_facts_of_services_follow_their_slices_in_any_order(tmp_path: Path) -> None:
+    objects = ClusterObjects(tmp_path)
+    learn(objects, endpoint_slice("a-1", "a", "192.0.2.1"), service("a"), service("b"))
+    learn(objects, endpoint_slice("a-2", "a", "192.0.2.2", "192.0.2.1"))
+    assert addresses_of(objects, "a") == ["192.0.2.1/32", "192.0.2.2/32"]
+    learn(objects, endpoint_slice("a-1", "b", "192.0.2.1"))
+    objects.forget(object_key(endpoint_slice("a-2", "a")))
+    assert (addresses_of(objects, "a"), addresses_of(objects, "b")) == ([], ["192.0.2.1/32"])
+    objects.forget(object_key(service("a")))
+    assert objects.service_facts().keys() == {("default", "b")}
+
+
+def test_facts_of_other_services_are_the_same_objects_when_one_changes(tmp_path: Path) -> None:
+    objects = ClusterObjects(tmp_path)
+    learn(objects, service("a", {"app": "a"}), service("b"), endpoint_slice("b-1", "b", "192.0.2.1"))
+    before = objects.service_facts()
+    learn(objects, endpoint_slice("b-1", "b", "192.0.2.9"))
+    after = objects.service_facts()
+    assert after["default", "a"] is before["default", "a"]
+    assert addresses_of(objects, "b") == ["192.0.2.9/32"]
+
+
+def test_an_invalid_service_stays_what_it_was(tmp_path: Path) -> None:
+    objects = ClusterObjects(tmp_path)
+    learn(objects, service("a"))
+    learn(objects, service("a") | {"spec": {"type": "Magic", "ports": [{"port": 80}]}})
+    assert objects.services["default", "a"].ports[0].port == 80
+    assert "Service default/a: spec.type: 'Magic' is none of" in str(objects.rejected["Service", "default", "a"])

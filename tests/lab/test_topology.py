@@ -4,7 +4,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from ciliate.lab.topology import OUTSIDE_V4, LabError, Topology, netns_prefix
+from ciliate.lab.topology import OUTSIDE_V4, SERVICES_V4, SERVICES_V6, LabError, Topology, netns_prefix
 
 
 def test_addresses_are_unique_and_apart_when_a_cluster_is_large():
@@ -15,6 +15,8 @@ def test_addresses_are_unique_and_apart_when_a_cluster_is_large():
     assert len(set(taken)) == len(taken)
     cidrs = [cidr for node in nodes for cidr in node.pod_cidrs]
     assert len(set(cidrs)) == 400
+    assert not any(services.overlaps(one) for one in cidrs for services in (SERVICES_V4, SERVICES_V6)
+                   if one.version == services.version)  # fmt: skip
     assert not any(address in cidr for address in taken for cidr in cidrs if cidr.version == address.version)
 
 

@@ -158,12 +158,12 @@ def execute(
         raise typer.BadParameter("give a command after --")
     if "/" in pod and not pod.startswith(("node/", "pod/")):
         namespace, _, pod = pod.partition("/")
-    netns = work.netns_of(find_topology(cluster), pod, namespace)
+    whole = work.command_in(find_topology(cluster), pod, namespace, command)
     sys.stdout.flush()
     try:
-        os.execvp("ip", ["ip", "netns", "exec", netns, *command])
+        os.execvp(whole[0], whole)
     except OSError as error:
-        raise UserError(f"ip: {error.strerror}; install iproute2") from error
+        raise UserError(f"{whole[0]}: {error.strerror}; install iproute2") from error
 
 
 @lab.command()

@@ -10,6 +10,7 @@ from ciliate.cli.lab import lab
 from ciliate.cli.monitor import monitor
 from ciliate.cli.output import Output, emit_document, emit_json, emit_rows
 from ciliate.cli.policy import policy
+from ciliate.cli.service import lb, service
 from ciliate.cli.target import ClusterOption, NodeOption, OutputOption, SocketOption, agent
 from ciliate.client import UserError
 
@@ -27,7 +28,9 @@ app.add_typer(lab, name="lab")
 app.add_typer(endpoint, name="endpoint")
 app.add_typer(identity, name="identity")
 app.add_typer(policy, name="policy")
+app.add_typer(service, name="service")
 app.add_typer(bpf, name="bpf")
+bpf.add_typer(lb, name="lb")
 app.command()(monitor)
 
 

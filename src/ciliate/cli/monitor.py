@@ -40,12 +40,29 @@ def verdict_class(event: Event) -> str:
 
 
 def _end(end: Event) -> str:
-    address, port = str(end.get("address", "?")), end.get("port") or 0
-    where = f"[{address}]:{port}" if port and ":" in address else f"{address}:{port}" if port else address
+    where = _place(str(end.get("address", "?")), end.get("port") or 0)
     names = [label.removeprefix("reserved:") for label in end.get("labels") or () if label.startswith("reserved:")]
     name = end.get("pod") or (names[0] if names else "")
     identity = f"(id {end.get('identity', 0)})"
     return " ".join(part for part in (name, identity, where) if part)
+
+
+def _place(address: str, port: int) -> str:
+    return f"[{address}]:{port}" if port and ":" in address else f"{address}:{port}" if port else address
+
+
+def _ends(event: Event) -> str:
+    """Who, what it asked for if that was a service, and who it was given."""
+    source, destination = event.get("source") or {}, event.get("destination") or {}
+    parts = [_end(source)]
+    asked = event.get("service") or {}
+    same = (asked.get("address"), asked.get("port")) == (destination.get("address"), destination.get("port"))
+    if asked:
+        place = _place(str(asked.get("address", "?")), asked.get("port") or 0)
+        parts.append(" ".join(part for part in ("svc", str(asked.get("name") or ""), place) if part))
+    if not (asked and same):
+        parts.append(_end(destination))
+    return " -> ".join(parts)
 
 
 def rule_text(rule: Event) -> str:
@@ -95,8 +112,8 @@ def text_line(event: Event, *, colour: bool) -> str:
     if colour and shade:
         verdict = typer.style(verdict, fg=shade, bold=True)
         why = typer.style(why, fg="red") if shade == "red" else why
-    ends = f"{_end(event.get('source') or {})} -> {_end(event.get('destination') or {})}"
-    return f"{at} {event.get('node', '')} {ends} {protocol}  {verdict} {event.get('direction') or ''}  {why}".rstrip()
+    what = f"{at} {event.get('node', '')} {_ends(event)} {protocol}"
+    return f"{what}  {verdict} {event.get('direction') or ''}  {why}".rstrip()
 
 
 def wanted(event: Event, verdict: Verdict | None, pod: str | None, everything: bool) -> bool:

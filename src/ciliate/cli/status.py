@@ -26,12 +26,28 @@ def _lines(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "Objects", ", ".join(f"{document.get(key, '?')} {key}" for key in counts)
     last = document.get("enforcement") or {}
     yield "Enforced", f"revision {last.get('revision')}, epoch {last.get('epoch')}, took {last.get('milliseconds')} ms"
+    yield from _services(document.get("services") or {})
     if proxy := document.get("proxy"):
         yield "Proxy", cell(proxy)
     yield from _datapath(document.get("datapath") or {})
     problems = document.get("problems") or ["none"]
     for index, problem in enumerate(problems):
         yield ("Problems" if index == 0 else ""), str(problem)
+
+
+def _services(services: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if not services:
+        return
+    if not services.get("kube_proxy_replacement"):
+        yield "Services", "not served here: kube-proxy does (kube-proxy-replacement: false)"
+        return
+    outside = f"{services.get('mode', '?')} to other nodes, {services.get('algorithm', '?')}"
+    hooks = [f"{name}: {services[key]}" for name, key in (("sockets", "socket_lb"), ("XDP", "xdp")) if key in services]
+    low, high = services.get("node_port_range") or ("?", "?")
+    yield "Services", f"instead of kube-proxy; {outside}; {', '.join(hooks)}; node ports {low}-{high}"
+    counts = ", ".join(f"{count} {kind}" for kind, count in (services.get("frontends") or {}).items())
+    total = f"{services.get('services', '?')} services, {services.get('backends', '?')} backends"
+    yield "Frontends", f"{counts or 'none'}, of {total}; the last change took {services.get('milliseconds')} ms"
 
 
 def _datapath(datapath: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

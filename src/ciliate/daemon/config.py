@@ -10,6 +10,9 @@ from typing import Any, Final, Literal
 
 import yaml
 
+from ciliate.datapath.cgroupfs import find_mount
+from ciliate.loadbalancer.model import Algorithm, Forwarding
+
 _CLUSTER: Final = re.compile(r"[a-z0-9]([-a-z0-9]{0,30}[a-z0-9])?")
 Network = IPv4Network | IPv6Network
 
@@ -38,7 +41,15 @@ class AgentConfig:
     routing_mode: Literal["tunnel", "native"] = "tunnel"
     masquerade: bool = True
     tunnel_port: int = 8472
+    kube_proxy_replacement: bool = True
+    node_port_range: tuple[int, int] = (30000, 32767)
+    lb_algorithm: Algorithm = Algorithm.RANDOM
+    lb_mode: Forwarding = Forwarding.SNAT
+    maglev_table_size: int = 16381
     api_servers: tuple[tuple[IPv4Address | IPv6Address, int], ...] = ()
+    socket_lb: Literal["all", "host", "off"] = "all"
+    cgroup_root: Path | None = None
+    xdp: Literal["off", "auto", "native", "generic"] = "off"
     cni_conf_dir: Path | None = None
     cni_bin_dir: Path | None = None
     cni_plugin: Path | None = None
@@ -54,6 +65,20 @@ class AgentConfig:
         """Where ``ciliate-proxyd`` listens."""
         return self.run_dir / "proxyd.sock"
 
+    def socket_cgroup(self) -> Path | None:
+        """Return the cgroup whose sockets are given backends; None: no socket is. Errors: ConfigError, OSError."""
+        if self.socket_lb == "off":
+            return None
+        found = self.cgroup_root or find_mount()
+        if found is None:
+            raise ConfigError(
+                "cgroup-root: no cgroup v2 hierarchy is mounted, and sockets get their backends by their cgroup: "
+                "mount one (mount -t cgroup2 none /sys/fs/cgroup/unified), or set socket-lb: off"
+            )
+        if not (found / "cgroup.procs").is_file():
+            raise ConfigError(f"cgroup-root: {found} is no cgroup v2 directory")
+        return found
+
     def node_ip(self, version: int) -> Any:
         """Return the node's address of a family, or None."""
         return next((a for a in self.node_ips if a.version == version), None)
@@ -63,6 +88,8 @@ class AgentConfig:
         return tuple(c for c in self.pod_cidrs if (self.ipv4 if c.version == 4 else self.ipv6))
 
 
+MAGLEV_SIZES: Final = (251, 509, 1021, 2039, 4093, 8191, 16381, 32749, 65521, 131071)
+"""Primes; about a hundred positions a backend keep shares even. Source: Cilium's `loadBalancer.maglev.tableSize`."""
 _HELP: Final[Mapping[str, str]] = {
     "node_name": "name of this node, as in `spec.nodeName` of its pods",
     "device": "underlay interface, for example eth0",
@@ -80,8 +107,23 @@ _HELP: Final[Mapping[str, str]] = {
     "routing_mode": "tunnel (VXLAN) or native (default: tunnel)",
     "masquerade": "pods leave the cluster with the node's address (default: true)",
     "tunnel_port": "UDP port of the overlay (default: 8472)",
+    "kube_proxy_replacement": "serve Services; false: kube-proxy does (default: true)",
+    "node_port_range": "ports of services of type NodePort and LoadBalancer, as the API server has them "
+    "(default: 30000-32767)",
+    "lb_algorithm": "how a connection is given its backend where a service does not say: random or maglev "
+    "(default: random)",
+    "lb_mode": "how connections from outside reach backends on other nodes where a service does not say: snat, or dsr "
+    "(the backend's node answers the client itself) (default: snat)",
+    "maglev_table_size": f"positions of a Maglev table, the same on all nodes: {', '.join(map(str, MAGLEV_SIZES))} "
+    "(default: 16381)",
     "api_servers": "Kubernetes API servers, ADDRESS:PORT, comma-separated: no node policy keeps this node from them, "
     "and one that cuts them off all the same is taken back",
+    "socket_lb": "whose sockets are given their backend when they connect to a service: all, host (not those of pods: "
+    "their packets are translated), or off (the node's own processes reach no service) (default: all)",
+    "cgroup_root": "cgroup v2 directory that all processes of the node and its pods are below "
+    "(default: where the hierarchy is mounted)",
+    "xdp": "where known connections from outside are sent on to backends of other nodes, with routing-mode native: off (in "
+    "tc), native (in the driver), generic, or auto (native where the driver can) (default: off)",
     "cni_conf_dir": "install the CNI configuration here once the agent is ready",
     "cni_bin_dir": "install the CNI plugin here, from --cni-plugin",
     "cni_plugin": "the plugin's executable, ciliate-cni",
@@ -137,10 +179,17 @@ def _read(name: str, value: Any) -> Any:
     option = name.replace("_", "-")
     try:
         match name:
-            case "ipv4" | "ipv6" | "masquerade":
+            case "ipv4" | "ipv6" | "masquerade" | "kube_proxy_replacement":
                 return value if isinstance(value, bool) else {"true": True, "false": False}[str(value).lower()]
-            case "cluster_id" | "tunnel_port":
+            case "cluster_id" | "tunnel_port" | "maglev_table_size":
                 return int(value)
+            case "node_port_range":
+                low, _, high = str(value).partition("-")
+                return int(low), int(high)
+            case "lb_algorithm":
+                return Algorithm(str(value))
+            case "lb_mode":
+                return Forwarding(str(value))
             case "node_ips":
                 return tuple(ip_address(one) for one in _listed(value))
             case "api_servers":
@@ -151,6 +200,8 @@ def _read(name: str, value: Any) -> Any:
                 if isinstance(value, Mapping):
                     return {str(key): int(size) for key, size in value.items()}
                 return {key: int(size) for key, _, size in (one.partition("=") for one in _listed(value))}
+            case "socket_lb" | "xdp":
+                return {True: "all", False: "off"}.get(value, str(value))  # YAML 1.1 reads `off` as false
             case "node_name" | "device" | "cluster_name" | "routing_mode":
                 return str(value)
             case _:
@@ -176,6 +227,10 @@ def _check(config: AgentConfig) -> None:
         raise ConfigError("ipv4, ipv6: one of them must be on")
     if config.routing_mode not in ("tunnel", "native"):
         raise ConfigError(f"routing-mode: {config.routing_mode!r} is neither tunnel nor native")
+    if config.socket_lb not in ("all", "host", "off"):
+        raise ConfigError(f"socket-lb: {config.socket_lb!r} is neither all, host nor off")
+    if config.xdp not in ("off", "auto", "native", "generic"):
+        raise ConfigError(f"xdp: {config.xdp!r} is neither off, auto, native nor generic")
     if not 0 <= config.cluster_id <= 255:
         raise ConfigError(f"cluster-id: {config.cluster_id} is not in 0..255")
     if not _CLUSTER.fullmatch(config.cluster_name):
@@ -184,6 +239,7 @@ def _check(config: AgentConfig) -> None:
         raise ConfigError("cni-plugin: must be the path of ciliate-cni, because cni-bin-dir is set")
     if not 1 <= config.tunnel_port <= 65535:
         raise ConfigError(f"tunnel-port: {config.tunnel_port} is not in 1..65535")
+    _check_services(config)
     for what, versions in (
         ("node-ips", [a.version for a in config.node_ips]),
         ("pod-cidrs", [c.version for c in config.pod_cidrs]),
@@ -193,3 +249,12 @@ def _check(config: AgentConfig) -> None:
     for version, on in ((4, config.ipv4), (6, config.ipv6)):
         if on and not any(c.version == version for c in config.pod_cidrs):
             raise ConfigError(f"pod-cidrs: no IPv{version} range, though ipv{version} is on")
+
+
+def _check_services(config: AgentConfig) -> None:
+    low, high = config.node_port_range
+    if not 1 <= low <= high <= 65535:
+        raise ConfigError(f"node-port-range: {low}-{high} is no range in 1..65535")
+    if config.maglev_table_size not in MAGLEV_SIZES:
+        sizes = ", ".join(map(str, MAGLEV_SIZES))
+        raise ConfigError(f"maglev-table-size: {config.maglev_table_size} is none of {sizes}")

@@ -35,6 +35,8 @@ class LocalEndpoint(msgspec.Struct, kw_only=True):
     identity: int = 0
     labels: list[str] = []
     named_ports: list[tuple[str, int, int]] = []
+    netns_cookie: int = 0
+    """The kernel's number of its network namespace, 0: not known."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -104,6 +106,15 @@ class EndpointTable:
     def by_id(self, number: int) -> LocalEndpoint | None:
         """Return the endpoint with an id."""
         return next((one for one in self._rows.values() if one.id == number), None)
+
+    def by_cookie(self, cookie: int) -> LocalEndpoint | None:
+        """Return an endpoint in the network namespace with a cookie."""
+        return next((one for one in self._rows.values() if cookie and one.netns_cookie == cookie), None)
+
+    def addresses_of(self, namespace: str, name: str) -> list[str]:
+        """Return the addresses that a pod was given here."""
+        found = (one.addresses for one in self._rows.values() if (one.namespace, one.name) == (namespace, name))
+        return [address for addresses in found for address in addresses]
 
     def new_id(self) -> int:
         """Return an id that no endpoint has; a freed one comes again last. Error: ValueError (none is left)."""

@@ -13,7 +13,7 @@ from ciliate.daemon.endpoints import EndpointTable
 from ciliate.daemon.ipcache import IpTable
 from ciliate.datapath.conntrack import boot_clock
 from ciliate.datapath.maps import addr_text
-from ciliate.identity.numbers import IdentityId
+from ciliate.identity.numbers import IdentityId, Reserved
 from ciliate.identity.selectors import IdentityIndex
 from ciliate.policy.image import RuleRef
 from ciliate.policy.rules import PolicyObject
@@ -23,7 +23,8 @@ PROTOCOLS: Final[Mapping[int, str]] = {1: "ICMP", 6: "TCP", 17: "UDP", 58: "ICMP
 _BEHIND: Final = 4096
 """Documents that one listener may be behind before it loses some."""
 _VERDICTS: Final = ("DROPPED", "ALLOWED", "REDIRECTED", "AUDIT")
-_TYPES: Final = {1: "verdict", 2: "drop", 3: "end"}
+_END, _SOCKET = 3, 4
+_TYPES: Final = {1: "verdict", 2: "drop", _END: "end", _SOCKET: "socket"}
 _DENIED: Final = frozenset({"POLICY_DENIED", "POLICY_DENY", "NO_POLICY"})
 _FLAGS: Final = ((1, "FIN"), (2, "SYN"), (4, "RST"), (8, "PSH"), (16, "ACK"))
 _STATES: Final = ("new", "established", "reply", "related")
@@ -84,7 +85,10 @@ class Decoder:
         endpoints: EndpointTable,
         table: IpTable,
         identities: IdentityIndex,
+        service: Callable[[int], str] = lambda _: "",
+        own_netns: int = 0,
     ) -> None:
+        """``service``: name of what a frontend of this number belongs to; ``own_netns``: cookie of the node's."""
         self._node = node
         self._reasons = reasons
         self._explain = explain
@@ -93,6 +97,8 @@ class Decoder:
         self._endpoints = endpoints
         self._table = table
         self._identities = identities
+        self._service = service
+        self._own_netns = own_netns
 
     def documents(self, records: Any) -> list[dict[str, Any]]:
         """Return one document for each record of an event array."""
@@ -104,28 +110,59 @@ class Decoder:
         reason = self._reasons.get(int(record["reason"]), str(int(record["reason"]))) if record["reason"] else ""
         verdict = "DENIED" if reason in _DENIED else _VERDICTS[int(record["verdict"]) & 3]
         protocol = int(record["protocol"])
-        icmp = protocol in (1, 58)
+        icmp, sport, dport = protocol in (1, 58), int(record["sport"]), int(record["dport"])
         egress, ingress = (self._explain(int(number)) for number in record["rule"])
         direction = "ingress" if int(record["direction"]) else "egress"
         denying = ingress if direction == "ingress" else egress
+        translated = kind == _SOCKET and not reason
         return {
             "time": _time(boot + int(record["time"])),
             "node": self._node,
             "type": _TYPES.get(kind, str(kind)),
-            "verdict": "ENDED" if kind == 3 else verdict,
+            "verdict": "ENDED" if kind == _END else "TRANSLATED" if translated else verdict,
             "reason": reason,
             "direction": direction,
             "protocol": PROTOCOLS.get(protocol, str(protocol)),
-            "icmp_type": int(record["sport"]) if icmp else None,
+            "icmp_type": sport if icmp else None,
             "tcp_flags": [name for bit, name in _FLAGS if int(record["tcp_flags"]) & bit],
             "state": _STATES[int(record["ct_state"]) & 3],
-            "source": self._end(record, 0, 0 if icmp else int(record["sport"])),
-            "destination": self._end(record, 1, 0 if icmp else int(record["dport"])),
+            "source": self._caller(record) if kind == _SOCKET else self._end(record, 0, 0 if icmp else sport),
+            "service": self._asked(record),
+            "destination": self._given(record) if kind == _SOCKET else self._end(record, 1, 0 if icmp else dport),
             "rules": [self._rule(one) for one in (denying if verdict == "DENIED" else (*egress, *ingress))],
             "length": int(record["length"]),
-            "packets": int(record["packets"]),
-            "bytes": int(record["bytes"]),
+            "packets": 0 if kind == _SOCKET else int(record["packets"]),
+            "bytes": 0 if kind == _SOCKET else int(record["bytes"]),
         }
+
+    def _asked(self, record: Any) -> dict[str, Any] | None:
+        """Return the frontend that the client asked for; None: it named its peer itself."""
+        frontend = record["frontend"].tobytes()
+        if not any(frontend):
+            return None
+        return {
+            "name": self._service(int(record["service"])),
+            "address": addr_text(frontend),
+            "port": int(record["frontend_port"]),
+        }
+
+    def _given(self, record: Any) -> dict[str, Any]:
+        """Return whom a socket was given: no packet has been looked at, so no identity either."""
+        address = addr_text(record["daddr"].tobytes())
+        return self.end(address, int(record["dport"]), self._identity_of(address))
+
+    def _caller(self, record: Any) -> dict[str, Any]:
+        """Return whose socket it was. It need not have an address yet: then it is the one that it will have."""
+        cookie, to = int(record["bytes"]), addr_text(record["daddr"].tobytes())
+        given = record["saddr"].tobytes()
+        if (local := self._endpoints.by_cookie(cookie)) is not None:
+            own = next((one for one in local.addresses if (":" in one) == (":" in to)), "")
+            address = addr_text(given) if any(given) else own
+            return self.end(address, int(record["sport"]), local.identity, local.id)
+        address = addr_text(given) if any(given) else ""
+        if cookie and cookie == self._own_netns:
+            return self.end(address, int(record["sport"]), int(Reserved.HOST))
+        return self.end(address, int(record["sport"]), int(record["identity"][0]))
 
     def _end(self, record: Any, index: int, port: int) -> dict[str, Any]:
         address = addr_text(record["daddr" if index else "saddr"].tobytes())

@@ -12,21 +12,13 @@ import msgspec
 import structlog
 
 from ciliate.daemon.lastvalid import LastValid
-from ciliate.identity.labels import Network, k8s
+from ciliate.identity.labels import k8s
 from ciliate.k8s.manifests import ObjectKey
-from ciliate.k8s.objects import (
-    EndpointSlice,
-    Namespace,
-    NodeObject,
-    ObjectError,
-    Pod,
-    Service,
-    parse_endpoint_slice,
-    parse_namespace,
-    parse_node,
-    parse_pod,
-    parse_service,
-)
+from ciliate.k8s.objects import Namespace, NodeObject, ObjectError, Pod, parse_namespace, parse_node, parse_pod
+from ciliate.k8s.redirects import parse_local_redirect
+from ciliate.k8s.services import parse_endpoint_slice, parse_service
+from ciliate.loadbalancer.model import EndpointSlice, Service
+from ciliate.loadbalancer.redirect import LocalRedirectPolicy
 from ciliate.policy.fallback import closed
 from ciliate.policy.parse import API_VERSIONS, parse_cidr_group, parse_object
 from ciliate.policy.rules import CidrGroup, PolicyError, PolicyObject, ServiceFacts
@@ -40,6 +32,7 @@ _PARSERS: Final[Mapping[str, Callable[[Mapping[str, Any]], Any]]] = {
     "Node": parse_node,
     "Service": parse_service,
     "EndpointSlice": parse_endpoint_slice,
+    "CiliumLocalRedirectPolicy": parse_local_redirect,
     "CiliumCIDRGroup": lambda document: parse_cidr_group(document, strict=False),
 }
 
@@ -60,7 +53,9 @@ class Read:
     """An object as it was read. ``value`` None: the former one stays."""
 
     name: Key
-    value: Pod | Namespace | NodeObject | Service | EndpointSlice | CidrGroup | PolicyObject | None
+    value: (
+        Pod | Namespace | NodeObject | Service | EndpointSlice | LocalRedirectPolicy | CidrGroup | PolicyObject | None
+    )
     document: Mapping[str, Any] | None = None
     """Of a policy: as it is written, valid or not."""
     rejected: Rejected | None = None
@@ -80,6 +75,7 @@ class ClusterObjects:
         self.nodes: dict[tuple[str, str], NodeObject] = {}
         self.services: dict[tuple[str, str], Service] = {}
         self.slices: dict[tuple[str, str], EndpointSlice] = {}
+        self.redirects: dict[tuple[str, str], LocalRedirectPolicy] = {}
         self.groups: dict[tuple[str, str], CidrGroup] = {}
         """All by (namespace, name); the namespace of clusterwide kinds is empty."""
         self.policies: dict[Key, PolicyObject] = {}
@@ -92,7 +88,11 @@ class ClusterObjects:
         self.lingering: set[Key] = set()
         """Policies that only the last valid forms name, since some input cannot be read."""
         self._last_valid = LastValid(folder)
-        self._facts: dict[tuple[str, str], ServiceFacts] | None = None
+        self._facts: dict[tuple[str, str], ServiceFacts] = {}
+        self._slices_of: dict[tuple[str, str], set[tuple[str, str]]] = defaultdict(set)
+        """Names of a Service's EndpointSlices."""
+        self._stale: set[tuple[str, str]] = set()
+        """Services whose facts may have changed."""
         self._settled = False
 
     def read(self, key: ObjectKey, document: Mapping[str, Any]) -> Read | None:
@@ -143,6 +143,7 @@ class ClusterObjects:
         if isinstance(one.value, PolicyObject):
             self.policies[one.name] = one.value
         elif one.value is not None:
+            self._note(kind, (namespace, name), one.value)
             self._kept(kind)[namespace, name] = one.value
         if one.rejected is None:
             self.rejected.pop(one.name, None)
@@ -160,7 +161,20 @@ class ClusterObjects:
             self.documents.pop(name, None)
             self._last_valid.forget(name)
         elif key.kind in _PARSERS:
+            self._note(key.kind, (key.namespace, key.name), None)
             self._kept(key.kind).pop((key.namespace, key.name), None)
+
+    def _note(self, kind: str, name: tuple[str, str], value: object) -> None:
+        """Remember which Services' facts an object changes; ``value`` None: it goes."""
+        if kind == "Service":
+            self._stale.add(name)
+        elif kind == "EndpointSlice":
+            if (former := self.slices.get(name)) is not None:
+                self._slices_of[former.namespace, former.service].discard(name)
+                self._stale.add((former.namespace, former.service))
+            if isinstance(value, EndpointSlice):
+                self._slices_of[value.namespace, value.service].add(name)
+                self._stale.add((value.namespace, value.service))
 
     def _kept(self, kind: str) -> dict[tuple[str, str], Any]:
         """The objects of a kind, to be changed."""
@@ -170,32 +184,36 @@ class ClusterObjects:
             "Node": self.nodes,
             "Service": self.services,
             "EndpointSlice": self.slices,
+            "CiliumLocalRedirectPolicy": self.redirects,
             "CiliumCIDRGroup": self.groups,
         }
-        if kind in ("Service", "EndpointSlice"):
-            self._facts = None
         return kept[kind]
 
     def service_facts(self) -> dict[tuple[str, str], ServiceFacts]:
-        """Return what policies need of each Service: its pods' selector, or where its backends are."""
-        if self._facts is None:
-            self._facts = self._service_facts()
-        return self._facts
+        """Return what policies need of each Service: its pods' selector, or where its backends are.
 
-    def _service_facts(self) -> dict[tuple[str, str], ServiceFacts]:
-        addresses: dict[tuple[str, str], list[Network]] = defaultdict(list)
-        for one in self.slices.values():
-            addresses[one.namespace, one.service] += [ip_network(address) for address in one.addresses]
-        return {
-            key: ServiceFacts(
-                namespace=one.namespace,
-                name=one.name,
-                labels=frozenset(k8s(name, value) for name, value in one.labels.items()),
-                selector=one.selector,
-                addresses=tuple(sorted(set(addresses[key]), key=str)) if not one.selector else (),
-            )
-            for key, one in self.services.items()
-        }
+        What has not changed is the same object again: with 30,000 Services one change must not cost all of them.
+        """
+        for key in self._stale:
+            if (service := self.services.get(key)) is None:
+                self._facts.pop(key, None)
+            else:
+                self._facts[key] = self._facts_of(service)
+            if not self._slices_of[key]:
+                del self._slices_of[key]
+        self._stale = set()
+        return dict(self._facts)
+
+    def _facts_of(self, one: Service) -> ServiceFacts:
+        slices = () if one.selector else self._slices_of[one.namespace, one.name]
+        found = {ip_network(endpoint.address) for name in slices for endpoint in self.slices[name].endpoints}
+        return ServiceFacts(
+            namespace=one.namespace,
+            name=one.name,
+            labels=frozenset(k8s(name, value) for name, value in one.labels.items()),
+            selector=one.selector,
+            addresses=tuple(sorted(found, key=str)),
+        )
 
     def settle(self, present: Set[ObjectKey], *, unreadable: bool) -> None:
         """All objects that there are have been learned. Error: OSError.

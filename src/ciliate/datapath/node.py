@@ -21,6 +21,7 @@ import numpy as np
 from ciliate.datapath import devices
 from ciliate.datapath._libbpf import lib
 from ciliate.datapath.build import OBJECT
+from ciliate.datapath.cgroups import CgroupLinks
 from ciliate.datapath.conntrack import Conntrack, Counter, read_counters
 from ciliate.datapath.devices import NodeDevices, PodInterface
 from ciliate.datapath.endpoints import HOST_ENDPOINT, EndpointId, Endpoints, Epoch
@@ -35,6 +36,9 @@ from ciliate.datapath.netlink import LinkState, Netlink, Network
 from ciliate.datapath.object import BpfObject, ConfigValue, LoadError
 from ciliate.datapath.policy import Desired, Known, PolicyMaps, PolicyReport
 from ciliate.datapath.rule_ids import RuleIds
+from ciliate.datapath.service_connections import ServiceConnections
+from ciliate.datapath.services import Services
+from ciliate.loadbalancer.maglev import maglev_table
 
 SCHEMA: Final = "v1"
 """The layouts' version, SCHEMA_VERSION in bpf/lib/maps.h; part of the pins' path."""
@@ -66,8 +70,10 @@ class DatapathConfig:
     gateway_v4: IPv4Address = devices.GATEWAY_V4
     gateway_v6: IPv6Address = devices.GATEWAY_V6
     nat_ports: tuple[int, int] = DEFAULT_NAT_PORTS
+    cgroup: Path | None = None
+    """Sockets made in this cgroup and those below it are given their backends when they connect; None: none are."""
     socket_pods: bool = True
-    """Pods' sockets are given their backend when they connect; else their packets are."""
+    """Those of pods too; else their packets are."""
     node_ports: tuple[int, int] = (30000, 32767)
     maglev_size: int = 16381
     xdp: Literal["off", "auto", "native", "generic"] = "off"
@@ -100,8 +106,11 @@ class Datapath:
         self.xdp = "off"
         """How the XDP program runs: native, generic or off, with the reason where that was not asked for."""
         self.links = links
+        self.sockets = CgroupLinks(links.root.with_name("cgroup"))
         self._object: BpfObject
         self._devices: NodeDevices
+        self.netns_cookies: dict[IPv4Address | IPv6Address, int] = {}
+        """Of the network namespace of each local pod's address, for redirects that a pod passes by; the caller's."""
         self._freed: set[str] = set()
         self._freed_lock = threading.Lock()
         self._policy_lock = threading.Lock()
@@ -178,7 +187,7 @@ class Datapath:
             "nat_port_min": config.nat_ports[0],
             "nat_port_max": config.nat_ports[1],
             "host_netns": netns_cookie(),
-            "socket_pods": config.socket_pods,
+            "socket_pods": config.socket_pods and config.cgroup is not None,
             "node_port_min": config.node_ports[0],
             "node_port_max": config.node_ports[1],
             "maglev_size": config.maglev_size,
@@ -211,6 +220,15 @@ class Datapath:
         self.rule_ids = RuleIds(self.config.state_dir / "rules.json")
         self.policy = PolicyMaps(maps, self.endpoints, self.epoch, self.rule_ids, grace=grace_period)
         self.conntrack = Conntrack(maps, btf)
+        self.services = Services(
+            maps,
+            btf,
+            grace=grace_period,
+            maglev_size=self.config.maglev_size,
+            maglev=maglev_table,
+            cookies=self.netns_cookies,
+        )
+        self.service_connections = ServiceConnections(maps)
         self.listeners = Listeners(maps["listeners"])
         self.exemptions = Exemptions(maps["exemptions"], self.epoch)
 
@@ -234,6 +252,10 @@ class Datapath:
         for link in list(self.links.pinned()):
             if link.name not in keep and not link.name.startswith(_XDP):
                 self.links.detach(link.name)
+        if self.config.cgroup is None:
+            self.sockets.detach()
+        else:
+            self.sockets.attach(self.config.cgroup, programs)
 
     def _attach_xdp(self) -> None:
         """Attach the XDP program, or take it off. ``auto`` does without where the driver cannot; else: LinkError."""
@@ -383,7 +405,7 @@ class Datapath:
 
     def usage(self) -> dict[str, tuple[int, int]]:
         """Return (rows used, rows that fit) of each table. Walks the maps: some milliseconds a 10,000 rows."""
-        quick = self.policy.usage()
+        quick = self.policy.usage() | self.services.usage()
         return {
             name: quick[name] if name in quick else (one.count(), one.max_entries)
             for name, one in self._object.maps.items()
@@ -397,6 +419,7 @@ class Datapath:
             "kernel": self.features.kernel,
             "attach": "tcx" if self.links.tcx else "clsact",
             "xdp": self.xdp,
+            "cgroup": str(self.config.cgroup or ""),
             "features": {
                 f.name: {"available": f.available, "fallback": "" if f.available else f.fallback, "purpose": f.purpose}
                 for f in self.features.by_name.values()
@@ -416,6 +439,7 @@ class Datapath:
 
     def remove(self) -> None:
         """Take the datapath away: links, pins, pod devices and the node's own. Rules and sysctls stay."""
+        self.sockets.detach()
         for name in devices.pod_devices():
             self.links.detach(_pin(name))
             devices.unwire_pod(name)

@@ -13,7 +13,7 @@ import yaml
 from ciliate.policy.parse import CLUSTER_WIDE
 
 _SUFFIXES: Final = frozenset({".yaml", ".yml", ".json"})
-CLUSTER_WIDE_KINDS: Final = frozenset({"Namespace", "Node", "CiliumNode"}) | CLUSTER_WIDE
+CLUSTER_WIDE_KINDS: Final = frozenset({"Namespace", "Node", "CiliumNode", "CiliumLoadBalancerIPPool"}) | CLUSTER_WIDE
 """Kinds whose objects are in no namespace."""
 Raw = Mapping[str, Any]
 Stamp = tuple[int, int, int]
@@ -82,7 +82,9 @@ class Manifests:
         return ScanResult(
             objects=objects,
             problems=problems,
-            changed=frozenset(key for key, raw in objects.items() if before.get(key) != raw),
+            changed=frozenset(
+                key for key, raw in objects.items() if (old := before.get(key)) is not raw and old != raw
+            ),
             removed=frozenset(before.keys() - objects.keys()),
         )
 

@@ -1,16 +1,16 @@
 """The Kubernetes objects that the agent needs, typed."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from datetime import datetime
+from ipaddress import ip_address
 from typing import Any, Final
 
 import msgspec
 
-Address = IPv4Address | IPv6Address
-SERVICE_NAME: Final = "kubernetes.io/service-name"
-"""Label of an EndpointSlice that names its Service."""
+from ciliate.loadbalancer.model import Address, HostPort, PodPorts
+
 PROTOCOLS: Final[Mapping[str, int]] = {"TCP": 6, "UDP": 17, "SCTP": 132}
 _NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
 _LABEL_VALUE: Final = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?")
@@ -22,17 +22,30 @@ class ObjectError(ValueError):
     """An object that is not valid; the message names it and the field."""
 
 
-class _Metadata(msgspec.Struct, kw_only=True):
+class Metadata(msgspec.Struct, kw_only=True, rename="camel"):
+    """``metadata``, as far as it is needed."""
+
     name: str
     namespace: str = "default"
     uid: str = ""
     labels: dict[str, str] | None = None
+    annotations: dict[str, str] | None = None
+    creation_timestamp: Any = None
+    """Text, or what YAML makes of it."""
+
+    @property
+    def created(self) -> str:
+        """``creationTimestamp`` as an API server writes it: such texts sort by time; "" where it is not set."""
+        at = self.creation_timestamp
+        return at.isoformat().replace("+00:00", "Z") if isinstance(at, datetime) else str(at or "")
 
 
 class _Port(msgspec.Struct, kw_only=True, rename="camel"):
     container_port: int
     name: str = ""
-    protocol: str = "TCP"
+    protocol: str | None = None
+    host_port: int | None = None
+    host_ip: str | None = msgspec.field(name="hostIP", default=None)
 
 
 class _Container(msgspec.Struct, kw_only=True):
@@ -46,39 +59,37 @@ class _PodSpec(msgspec.Struct, kw_only=True, rename="camel"):
     host_network: bool = False
 
 
-class _ServiceSpec(msgspec.Struct, kw_only=True):
-    selector: dict[str, str] | None = None
+class _Condition(msgspec.Struct, kw_only=True):
+    type: str
+    status: str
 
 
-class _Service(msgspec.Struct, kw_only=True):
-    metadata: _Metadata
-    spec: _ServiceSpec = msgspec.field(default_factory=_ServiceSpec)
+class _PodIp(msgspec.Struct, kw_only=True):
+    ip: str = ""
 
 
-class _SliceEndpoint(msgspec.Struct, kw_only=True):
-    addresses: list[str] = []
-
-
-class _EndpointSlice(msgspec.Struct, kw_only=True, rename="camel"):
-    metadata: _Metadata
-    address_type: str = "IPv4"
-    endpoints: list[_SliceEndpoint] | None = None
+class _PodStatus(msgspec.Struct, kw_only=True, rename="camel"):
+    phase: str | None = None
+    pod_ip: str | None = msgspec.field(name="podIP", default=None)
+    pod_ips: list[_PodIp] | None = msgspec.field(name="podIPs", default=None)
+    conditions: list[_Condition] | None = None
 
 
 class _Pod(msgspec.Struct, kw_only=True):
-    metadata: _Metadata
+    metadata: Metadata
     spec: _PodSpec
+    status: _PodStatus | None = None
 
 
 class _Bare(msgspec.Struct, kw_only=True):
     """A Namespace or a Node: its metadata is all that is needed."""
 
-    metadata: _Metadata
+    metadata: Metadata
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pod:
-    """A pod. ``named_ports``: (name, protocol number, port)."""
+    """A pod. ``named_ports``: (name, protocol number, port). ``ports``: for load balancing; None: it has ended."""
 
     namespace: str
     name: str
@@ -88,6 +99,7 @@ class Pod:
     service_account: str = ""
     named_ports: frozenset[tuple[str, int, int]] = frozenset()
     host_network: bool = False
+    ports: PodPorts | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,26 +111,6 @@ class Namespace:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Service:
-    """A Service; without a selector its backends are in EndpointSlices that somebody else writes."""
-
-    namespace: str
-    name: str
-    labels: Mapping[str, str] = field(default_factory=dict)
-    selector: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EndpointSlice:
-    """Backends of a Service (``service`` empty: of none)."""
-
-    namespace: str
-    name: str
-    service: str
-    addresses: tuple[Address, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class NodeObject:
     """A Node's labels."""
 
@@ -126,99 +118,142 @@ class NodeObject:
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
-def _convert(raw: Mapping[str, Any], type_: Any) -> Any:
+def convert(raw: Mapping[str, Any], type_: Any) -> Any:
+    """Return an object as a msgspec.Struct. Error: ObjectError, which names object and field."""
     try:
         return msgspec.convert(raw, type_, strict=True)
     except (msgspec.ValidationError, RecursionError) as error:
         metadata = raw.get("metadata")
         name = metadata.get("name", "?") if isinstance(metadata, dict) else "?"
-        problem, _, where = str(error).rpartition(" - at ")
-        raise ObjectError(f"{raw.get('kind')} {name}: {where.strip('`$.')}: {problem}") from error
+        problem, _, where = str(error).partition(" - at ")
+        field_name = f"{where.strip('`$.')}: " if where else ""
+        raise ObjectError(f"{raw.get('kind')} {name}: {field_name}{problem}") from error
 
 
-def _name(where: str, field_name: str, text: str) -> str:
+def name_of(where: str, field_name: str, text: str) -> str:
     """Return a name as the API server would take it. Error: ObjectError."""
     if not _NAME.fullmatch(text) or len(text) > 253:
         raise ObjectError(f"{where}: {field_name}: {text!r} is not a name")
     return text
 
 
-def _labels(where: str, labels: Mapping[str, str] | None) -> Mapping[str, str]:
+def valid_labels(where: str, labels: Mapping[str, str] | None) -> Mapping[str, str]:
     """Return labels as the API server would take them: no character that means something where they are kept. Error:
     ObjectError.
     """
     for key, value in (labels or {}).items():
         if not _LABEL_KEY.fullmatch(key) or len(key) > 317:
-            raise ObjectError(f"{where}: metadata.labels: {key!r} is not a label key")
+            raise ObjectError(f"{where}: {key!r} is not a label key")
         if not _LABEL_VALUE.fullmatch(value) or len(value) > 63:
-            raise ObjectError(f"{where}: metadata.labels[{key}]: {value!r} is not a label value")
+            raise ObjectError(f"{where}[{key}]: {value!r} is not a label value")
     return labels or {}
+
+
+def protocol_of(where: str, text: str | None) -> int:
+    """Return a protocol's number; TCP where it is not set. Error: ObjectError."""
+    if (text or "TCP") not in PROTOCOLS:
+        raise ObjectError(f"{where}.protocol: {text!r} is none of {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[text or "TCP"]
+
+
+def port_of(where: str, number: int, low: int = 1) -> int:
+    """Return a port's number. Error: ObjectError."""
+    if not low <= number <= 65535:
+        raise ObjectError(f"{where}: {number} is not in {low}..65535")
+    return number
+
+
+def address_of(where: str, text: str) -> Address:
+    """Return an address. Error: ObjectError."""
+    try:
+        found = ip_address(text)
+    except ValueError as error:
+        raise ObjectError(f"{where}: {text!r} is no address") from error
+    if found.version == 6 and found.scope_id is not None:
+        raise ObjectError(f"{where}: {text!r} has a zone")
+    return found
 
 
 def parse_pod(raw: Mapping[str, Any]) -> Pod:
     """Return a Pod. Error: ObjectError."""
-    pod = _convert(raw, _Pod)
+    pod: _Pod = convert(raw, _Pod)
     what = f"Pod {pod.metadata.namespace}/{pod.metadata.name}"
-    labels = _labels(what, pod.metadata.labels)
+    labels = valid_labels(f"{what}: metadata.labels", pod.metadata.labels)
     if pod.spec.service_account_name:
-        _name(what, "spec.serviceAccountName", pod.spec.service_account_name)
-    ports = set()
-    for index, container in enumerate(pod.spec.containers):
-        for number, port in enumerate(container.ports or ()):
-            where = f"{what}: spec.containers[{index}].ports[{number}]"
-            if port.protocol not in PROTOCOLS:
-                raise ObjectError(f"{where}.protocol: {port.protocol!r} is none of {', '.join(PROTOCOLS)}")
-            if not 1 <= port.container_port <= 65535:
-                raise ObjectError(f"{where}.containerPort: {port.container_port} is not in 1..65535")
-            if port.name:
-                ports.add((port.name, PROTOCOLS[port.protocol], port.container_port))
+        name_of(what, "spec.serviceAccountName", pod.spec.service_account_name)
+    named, host_ports = _pod_ports(what, pod.spec)
+    namespace = name_of(what, "metadata.namespace", pod.metadata.namespace)
+    name = name_of(what, "metadata.name", pod.metadata.name)
+    status = pod.status or _PodStatus()
+    ports = PodPorts(
+        namespace=namespace,
+        name=name,
+        created=pod.metadata.created,
+        addresses=tuple(dict.fromkeys(_pod_addresses(what, status))),
+        labels=labels,
+        ports=tuple(named),
+        host_ports=host_ports,
+        host_network=pod.spec.host_network,
+        ready=all(one.status == "True" for one in status.conditions or () if one.type == "Ready"),
+    )
     return Pod(
-        namespace=_name(what, "metadata.namespace", pod.metadata.namespace),
-        name=_name(what, "metadata.name", pod.metadata.name),
+        namespace=namespace,
+        name=name,
         uid=pod.metadata.uid,
         labels=labels,
         node_name=pod.spec.node_name,
         service_account=pod.spec.service_account_name,
-        named_ports=frozenset(ports),
+        named_ports=frozenset(named),
         host_network=pod.spec.host_network,
+        ports=None if status.phase in ("Succeeded", "Failed") else ports,
     )
+
+
+def _pod_ports(what: str, spec: _PodSpec) -> tuple[list[tuple[str, int, int]], tuple[HostPort, ...]]:
+    """Return (ports that have a name, host ports)."""
+    named, hosts = [], []
+    for index, container in enumerate(spec.containers):
+        for number, port in enumerate(container.ports or ()):
+            where = f"{what}: spec.containers[{index}].ports[{number}]"
+            protocol = protocol_of(where, port.protocol)
+            port_of(f"{where}.containerPort", port.container_port)
+            if port.name:
+                named.append((port.name, protocol, port.container_port))
+            address = address_of(f"{where}.hostIP", port.host_ip) if port.host_ip else None
+            if port.host_port:
+                hosts.append(
+                    HostPort(
+                        protocol=protocol,
+                        host_port=port_of(f"{where}.hostPort", port.host_port),
+                        port=port.container_port,
+                        address=address if address and not address.is_unspecified else None,
+                    )
+                )
+    return named, tuple(hosts)
+
+
+def _pod_addresses(what: str, status: _PodStatus) -> Iterator[Address]:
+    for index, one in enumerate(status.pod_ips or ()):
+        if one.ip:
+            yield address_of(f"{what}: status.podIPs[{index}].ip", one.ip)
+    if status.pod_ip:
+        yield address_of(f"{what}: status.podIP", status.pod_ip)
 
 
 def parse_namespace(raw: Mapping[str, Any]) -> Namespace:
     """Return a Namespace. Error: ObjectError."""
-    found = _convert(raw, _Bare)
+    found = convert(raw, _Bare)
     what = f"Namespace {found.metadata.name}"
-    return namespace_of(_name(what, "metadata.name", found.metadata.name), _labels(what, found.metadata.labels))
+    return namespace_of(
+        name_of(what, "metadata.name", found.metadata.name),
+        valid_labels(f"{what}: metadata.labels", found.metadata.labels),
+    )
 
 
 def parse_node(raw: Mapping[str, Any]) -> NodeObject:
     """Return a Node. Error: ObjectError."""
-    found = _convert(raw, _Bare)
+    found = convert(raw, _Bare)
     return NodeObject(name=found.metadata.name, labels=found.metadata.labels or {})
-
-
-def parse_service(raw: Mapping[str, Any]) -> Service:
-    """Return a Service. Error: ObjectError."""
-    found = _convert(raw, _Service)
-    metadata, labels = found.metadata, found.metadata.labels or {}
-    selector = found.spec.selector or {}
-    return Service(namespace=metadata.namespace, name=metadata.name, labels=labels, selector=selector)
-
-
-def parse_endpoint_slice(raw: Mapping[str, Any]) -> EndpointSlice:
-    """Return an EndpointSlice; one of type FQDN has no addresses. Error: ObjectError."""
-    found = _convert(raw, _EndpointSlice)
-    metadata = found.metadata
-    addresses = []
-    for number, one in enumerate(found.endpoints or () if found.address_type != "FQDN" else ()):
-        for text in one.addresses:
-            try:
-                addresses.append(ip_address(text))
-            except ValueError as error:
-                title = f"EndpointSlice {metadata.namespace}/{metadata.name}"
-                raise ObjectError(f"{title}: endpoints[{number}].addresses: {text!r} is no address") from error
-    service = (metadata.labels or {}).get(SERVICE_NAME, "")
-    return EndpointSlice(namespace=metadata.namespace, name=metadata.name, service=service, addresses=tuple(addresses))
 
 
 def namespace_of(name: str, labels: Mapping[str, str]) -> Namespace:

@@ -15,7 +15,7 @@ from typing import Final
 import yaml
 
 from ciliate.client import AgentClient, AgentError
-from ciliate.lab import netns, state
+from ciliate.lab import cgroups, netns, state
 from ciliate.lab.state import Process
 from ciliate.lab.topology import LabError, LabNode, Topology
 
@@ -36,13 +36,13 @@ def program(name: str) -> Path:
     raise LabError(f"{name}: not installed; run `pip install ciliate`")
 
 
-def spawn(name: str, node_netns: str, command: Sequence[str], logfile: Path, env: dict[str, str]) -> Process:
-    """Start a process in a namespace, in a session of its own, with its output appended to a file. Error: LabError."""
+def spawn(name: str, command: Sequence[str], logfile: Path, env: dict[str, str]) -> Process:
+    """Start a process in a session of its own, with its output appended to a file. Error: LabError."""
     logfile.parent.mkdir(parents=True, exist_ok=True)
     with logfile.open("ab") as output, Path(os.devnull).open("rb") as nothing:
         try:
             child = subprocess.Popen(
-                ["ip", "netns", "exec", node_netns, *command],
+                command,
                 stdin=nothing,
                 stdout=output,
                 stderr=output,
@@ -66,7 +66,7 @@ def log_path(topology: Topology, node: str, which: str = AGENT) -> Path:
 
 
 def prepare(topology: Topology, node: LabNode) -> None:
-    """Make a node's directory, its bpffs and its agent's configuration. Errors: LabError, OSError."""
+    """Make a node's directory, its bpffs, its cgroup and its agent's configuration. Errors: LabError, OSError."""
     directory = topology.node_directory(node.name)
     bpffs = directory / "bpf"
     bpffs.mkdir(parents=True, exist_ok=True)
@@ -86,6 +86,7 @@ def prepare(topology: Topology, node: LabNode) -> None:
         "ipv4": topology.ipv4,
         "ipv6": topology.ipv6,
         "routing-mode": topology.routing_mode,
+        "cgroup-root": str(cgroups.prepare(topology, node)),
     }
     (directory / "agent.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
 
@@ -105,7 +106,8 @@ def start(topology: Topology, node: LabNode) -> None:
 
 def _spawn(topology: Topology, node: LabNode, which: str, command: Sequence[str]) -> None:
     env = {key: value for key, value in os.environ.items() if not key.startswith("CNI_")}
-    process = spawn(which, node.netns, command, log_path(topology, node.name, which), env | {"PYTHONUNBUFFERED": "1"})
+    whole = cgroups.inside(topology, node.name, node.netns, command)
+    process = spawn(which, whole, log_path(topology, node.name, which), env | {"PYTHONUNBUFFERED": "1"})
     state.write_file(_path(topology, node.name, which), process)
 
 

@@ -1,19 +1,20 @@
 """What the lab's commands do: up, apply, delete, agent, down."""
 
 import contextlib
+import datetime
 import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
 from ciliate.client import AgentClient, AgentError
 from ciliate.k8s.manifests import CLUSTER_WIDE_KINDS, ObjectKey, Raw
-from ciliate.lab import agents, fabric, netns, pods, state
-from ciliate.lab.objects import Change, Plan, Store, kind_of, plan, text_of
+from ciliate.lab import agents, balancers, cgroups, endpoints, fabric, netns, pods, state
+from ciliate.lab.objects import Change, Store, kind_of, plan, text_of
 from ciliate.lab.state import PodFile
 from ciliate.lab.topology import LabError, LabNode, Topology, netns_prefix
 
@@ -39,10 +40,11 @@ def up(topology: Topology, wanted: Mapping[ObjectKey, Raw], say: Say) -> dict[Ob
     if os.geteuid():
         raise LabError("the lab makes network namespaces and loads BPF programs: run it as root")
     agents.program("ciliated"), pods.relay()
+    cgroups.check()
     with state.locked(topology.cluster):
         if (topology.directory / "cluster.json").exists():
             raise LabError(f"cluster {topology.cluster}: it is up already; `ciliate lab down` ends it")
-        plan({}, wanted, (), [one.name for one in topology.nodes])
+        plan({}, wanted, (), [one.name for one in topology.nodes], topology.families)
         _clear(topology.cluster)
         try:
             state.save_topology(topology, ready=False)
@@ -93,26 +95,35 @@ def delete(topology: Topology, keys: Sequence[ObjectKey], say: Say) -> dict[Obje
 def _apply(
     topology: Topology, wanted: Mapping[ObjectKey, Raw], deleted: Iterable[ObjectKey], say: Say
 ) -> dict[ObjectKey, Change]:
+    """Bring objects, then pods in line. Services hear that a pod is about to end before it does, and that it is gone
+    before its address may be another's.
+    """
     objects = store(topology)
-    present = objects.load()
-    todo = plan(present, wanted, deleted, [one.name for one in topology.nodes])
+    everything = objects.load()
+    present = {key: raw for key, raw in everything.items() if key not in endpoints.managed(everything)}
+    names = [one.name for one in topology.nodes]
+    todo = plan(present, wanted, deleted, names, topology.families, _now())
     nodes = [node for node in topology.nodes if agents.running(topology, node.name)]
+    known = state.pods(topology)
+    stopping = {key: known[key.namespace, key.name] for key in todo.stop if key[1:] in known}
+    leaving = {key: present[key] for key in stopping if key in todo.remove}
     say("policies")
-    objects.change({key: todo.objects[key] for key in todo.write}, todo.remove)
+    fresh = _slices(topology, {**todo.objects, **leaving}, everything, known, stopping)
+    write = {**{key: todo.objects[key] for key in todo.write}, **fresh}
+    remove = (set(todo.remove) | endpoints.managed(everything).keys() - fresh.keys()) - leaving.keys()
+    objects.change({key: raw for key, raw in write.items() if everything.get(key) != raw}, remove)
     if rejected := sync(topology, nodes):
-        objects.change({key: present[key] for key in todo.write if key in present} | _restored(present, todo),
-                       [key for key in todo.write if key not in present])  # fmt: skip
+        objects.change({key: everything[key] for key in {*write, *remove} if key in everything},
+                       [key for key in write if key not in everything])  # fmt: skip
         sync(topology, nodes)
         raise LabError("; ".join(rejected))
-    known = state.pods(topology)
     say("pods")
-    _each([known[key.namespace, key.name] for key in todo.stop if (key.namespace, key.name) in known],
-          lambda pod: pods.stop(topology, pod))  # fmt: skip
+    _stop(topology, nodes, stopping, leaving)
     missing = [key for key in todo.objects if key.kind == "Pod" and not _started(known, key)]
-    start = sorted({*todo.start, *missing})
-    started = _each(start, lambda key: pods.start(topology, key, todo.objects[key]))
-    _wait_known(topology, nodes, started)
-    _each(zip(start, started, strict=True), lambda one: pods.wait_ready(topology, one[0], todo.objects[one[0]], one[1]))
+    try:
+        _start(topology, nodes, sorted({*todo.start, *missing}), todo.objects)
+    finally:
+        _refresh(topology, nodes, todo.objects)
     if silent := [node.name for node in topology.nodes if node not in nodes]:
         raise LabError(
             f"no agent runs on {', '.join(silent)}: all else is done, and there it will be enforced once it runs: "
@@ -121,13 +132,79 @@ def _apply(
     return dict(todo.changes)
 
 
-def _restored(present: Mapping[ObjectKey, Raw], todo: Plan) -> dict[ObjectKey, Raw]:
-    return {key: present[key] for key in todo.remove}
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _slices(
+    topology: Topology,
+    pods_of: Mapping[ObjectKey, Raw],
+    everything: Mapping[ObjectKey, Raw],
+    known: Mapping[tuple[str, str], PodFile],
+    terminating: Collection[ObjectKey],
+) -> dict[ObjectKey, Raw]:
+    """Return the EndpointSlices that there shall be, and let the fabric send addresses of Services accordingly."""
+    fresh = endpoints.slices(pods_of, pods_of, known, terminating, endpoints.managed(everything), _now())
+    fabric.announce(topology, balancers.routes({**pods_of, **fresh}, tuple(one.name for one in topology.nodes)))
+    return fresh
+
+
+def _stop(
+    topology: Topology, nodes: Iterable[LabNode], stopping: Mapping[ObjectKey, PodFile], leaving: Iterable[ObjectKey]
+) -> None:
+    """End pods, take them out of their Services, then take them away."""
+    if not stopping:
+        return
+    _each(stopping.values(), lambda pod: pods.terminate(topology, pod))
+    objects = store(topology)
+    objects.change({}, leaving)
+    _renew(topology, objects, objects.load())
+    sync(topology, nodes)
+    _each(stopping.values(), lambda pod: pods.remove(topology, pod))
+
+
+def _renew(topology: Topology, objects: Store, everything: Mapping[ObjectKey, Raw]) -> bool:
+    """Write the EndpointSlices and the status of pods that have changed; return whether any has."""
+    known = state.pods(topology)
+    fresh = _slices(topology, everything, everything, known, ())
+    fresh |= {
+        key: {**raw, "status": pods.stored_status(known.get((key.namespace, key.name)))}
+        for key, raw in everything.items()
+        if key.kind == "Pod"
+    }
+    write = {key: raw for key, raw in fresh.items() if everything.get(key) != raw}
+    gone = endpoints.managed(everything).keys() - fresh.keys()
+    objects.change(write, gone)
+    return bool(write or gone)
+
+
+def _start(
+    topology: Topology, nodes: Iterable[LabNode], start: Sequence[ObjectKey], objects: Mapping[ObjectKey, Raw]
+) -> None:
+    """Start pods and return when they are known everywhere, and ready."""
+    started: list[PodFile] = _each(start, lambda key: pods.start(topology, key, objects[key]))
+    _wait_known(topology, nodes, [one for one in started if not one.host_network])
+    _each(zip(start, started, strict=True), lambda one: pods.wait_ready(topology, one[0], objects[one[0]], one[1]))
+
+
+def _refresh(topology: Topology, nodes: Iterable[LabNode], objects: Mapping[ObjectKey, Raw]) -> None:
+    """Ask pods of Services whether they are ready, and tell the Services what has changed. There is no kubelet: this is
+    when the lab learns that a process has died.
+    """
+    kept = store(topology)
+    everything, known = kept.load(), state.pods(topology)
+    asked = [key for key in endpoints.pods_of(endpoints.managed(everything).values()) if _started(known, key)]
+    _each(asked, lambda key: pods.probe_again(topology, objects[key], known[key.namespace, key.name]))
+    if _renew(topology, kept, everything):
+        sync(topology, nodes)
 
 
 def _started(known: Mapping[tuple[str, str], PodFile], key: ObjectKey) -> bool:
-    """Whether a pod is there; one that failed to start has no file, so that the next command tries again."""
-    return (key.namespace, key.name) in known
+    """Whether a pod is there. One that failed to start has no file, and one that could not be taken away after its end
+    is marked, so that the next command tries again.
+    """
+    pod = known.get((key.namespace, key.name))
+    return pod is not None and not pod.ended
 
 
 def sync(topology: Topology, nodes: Iterable[LabNode]) -> list[str]:
@@ -207,6 +284,17 @@ def netns_of(topology: Topology, name: str, namespace: str) -> str:
     raise LabError(f"pod {namespace}/{name}: not found; see `ciliate lab get pods`")
 
 
+def command_in(topology: Topology, name: str, namespace: str, command: Sequence[str]) -> list[str]:
+    """Return what runs a command as a process of what ``netns_of`` names. Error: LabError."""
+    inner = netns_of(topology, name, namespace)
+    pod = state.pods(topology).get((namespace, name.removeprefix("pod/")))
+    if name.startswith("node/"):
+        return cgroups.inside(topology, name.removeprefix("node/"), inner, command)
+    if pod is not None:
+        return cgroups.inside(topology, pod.node, inner, command)
+    return ["ip", "netns", "exec", inner, *command]
+
+
 def key_of(text: str, namespace: str) -> ObjectKey:
     """Return what ``KIND/NAME`` names. Error: LabError."""
     word, slash, name = text.partition("/")
@@ -236,8 +324,9 @@ def _clear(cluster: str) -> bool:
     for name in found:
         netns.remove(name)
     there = directory.exists()
-    for bpffs in directory.glob("nodes/*/bpf"):
-        _unmount(bpffs)
+    for mount in (*directory.glob("nodes/*/bpf"), *directory.glob("nodes/*/cgroup")):
+        _unmount(mount)
+    there |= cgroups.remove(cluster)
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(directory)
     return bool(found) or there

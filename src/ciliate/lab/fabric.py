@@ -1,7 +1,14 @@
 """The network between the nodes: a bridge in an outer namespace, a router to the outside."""
 
+from collections.abc import Iterator, Mapping
+from ipaddress import ip_address
+
+import msgspec
+
 from ciliate.lab import netns
-from ciliate.lab.topology import Interface, Topology
+from ciliate.lab.topology import NODES_V4, NODES_V6, OUTSIDE_V4, OUTSIDE_V6, Interface, Topology
+
+_OWN = (NODES_V4, NODES_V6, OUTSIDE_V4, OUTSIDE_V6)
 
 
 def build(topology: Topology) -> None:
@@ -55,3 +62,41 @@ def _address(name: str, device: str, addresses: tuple[Interface, ...], gateways:
             netns.run(["ip", "-n", name, *line.split()])
         else:
             netns.ip_batch(name, [line])
+
+
+def announce(topology: Topology, wanted: Mapping[str, tuple[str, ...]]) -> None:
+    """Let the router send addresses to nodes, each to any of several; none: the address is unreachable.
+
+    The fabric's own addresses stay as they are. Errors: LabError, OSError.
+    """
+    mine = {address: nodes for address, nodes in wanted.items() if _is_foreign(address)}
+    path = topology.directory / "routes.json"
+    former: dict[str, tuple[str, ...]] = {}
+    if path.exists():
+        former = msgspec.json.decode(path.read_bytes(), type=dict[str, tuple[str, ...]])
+    if mine == former:
+        return
+    lines: dict[int, list[str]] = {4: [], 6: []}
+    for address, nodes in former.items():
+        if nodes and not mine.get(address):
+            lines[ip_address(address).version].append(f"route del {address}")
+    for address, nodes in mine.items():
+        if nodes and former.get(address) != nodes:
+            hops = " ".join(f"nexthop via {one}" for one in _gateways(topology, address, nodes))
+            lines[ip_address(address).version].append(f"route replace {address} {hops}")
+    for version, commands in lines.items():
+        if commands:
+            text = "".join(f"{line}\n" for line in commands)
+            netns.run(["ip", "-n", topology.fabric, f"-{version}", "-batch", "-"], stdin=text)
+    path.write_bytes(msgspec.json.encode(mine))
+
+
+def _is_foreign(address: str) -> bool:
+    return not any(ip_address(address) in one for one in _OWN if one.version == ip_address(address).version)
+
+
+def _gateways(topology: Topology, address: str, nodes: tuple[str, ...]) -> Iterator[str]:
+    for name in nodes:
+        for one in topology.node(name).addresses:
+            if one.version == ip_address(address).version:
+                yield str(one.ip)

@@ -103,6 +103,18 @@ def pids(netns: str) -> list[int]:
         return []
 
 
+def session(leader: int) -> list[int]:
+    """Return the processes of a session, by the process that began it."""
+    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit() and _session(path) == leader]
+
+
+def _session(process: Path) -> int:
+    try:
+        return int((process / "stat").read_text().rpartition(")")[2].split()[3])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
 def remove(name: str) -> None:
     """End what runs in a namespace and take it away. Nothing there is fine. Error: LabError."""
     if not (NETNS / name).exists():
@@ -118,11 +130,11 @@ def remove(name: str) -> None:
         raise LabError(f"namespace {name}: {done.stderr.strip()}")
 
 
-def end(who: Callable[[], list[int]], first: signal.Signals = signal.SIGTERM) -> None:
-    """End processes: ask, wait, then kill; return when none of them is left. Error: LabError."""
-    deadline = time.monotonic() + _GRACE
+def end(who: Callable[[], list[int]], first: signal.Signals = signal.SIGTERM, grace: float = _GRACE) -> None:
+    """End processes: ask, wait, then kill; return when none of them is left. ``grace``: seconds. Error: LabError."""
+    deadline = time.monotonic() + grace
     asked: set[int] = set()
-    for _ in _ticks(_GRACE + 5):
+    for _ in _ticks(grace + 5):
         alive = [pid for pid in who() if _running(pid)]
         if not alive:
             return

@@ -12,7 +12,10 @@ from typing import Any, Final, Literal
 import msgspec
 
 from ciliate.k8s.manifests import ManifestError, ObjectKey, Raw, object_key, parse_documents
-from ciliate.k8s.objects import ObjectError, parse_endpoint_slice, parse_namespace, parse_node, parse_pod, parse_service
+from ciliate.k8s.objects import ObjectError, parse_namespace, parse_node, parse_pod
+from ciliate.k8s.services import parse_endpoint_slice, parse_service
+from ciliate.lab import balancers, hostports
+from ciliate.lab.services import admit_all
 from ciliate.lab.topology import LabError
 from ciliate.policy.parse import API_VERSIONS, parse_cidr_group, parse_object
 from ciliate.policy.rules import PolicyError
@@ -27,14 +30,19 @@ _OTHERS: Final[Mapping[str, str]] = {
     "Service": "v1",
     "EndpointSlice": "discovery.k8s.io/v1",
     "CiliumCIDRGroup": "cilium.io/v2",
+    "CiliumLocalRedirectPolicy": "cilium.io/v2",
+    "CiliumLoadBalancerIPPool": "cilium.io/v2",
     "Deployment": "apps/v1",
 }
+_OLDER: Final[Mapping[str, str]] = {"CiliumLoadBalancerIPPool": "cilium.io/v2alpha1"}
 _PARSERS: Final[Mapping[str, Callable[[Raw], object]]] = {
     "Namespace": parse_namespace,
     "Node": parse_node,
     "Service": parse_service,
     "EndpointSlice": parse_endpoint_slice,
     "CiliumCIDRGroup": parse_cidr_group,
+    "CiliumLocalRedirectPolicy": balancers.check_redirect_policy,
+    "CiliumLoadBalancerIPPool": balancers.check_pool,
 }
 KINDS: Final[Mapping[str, str]] = {**_OTHERS, **API_VERSIONS}
 """Kinds that the lab takes, with their apiVersion."""
@@ -44,6 +52,9 @@ ALIASES: Final[Mapping[str, str]] = {
     "networkpolicies": "NetworkPolicy", "ciliumnetworkpolicies": "CiliumNetworkPolicy",
     "ciliumclusterwidenetworkpolicies": "CiliumClusterwideNetworkPolicy",
     "clusternetworkpolicies": "ClusterNetworkPolicy",
+    "eps": "EndpointSlice", "clrp": "CiliumLocalRedirectPolicy", "ippool": "CiliumLoadBalancerIPPool",
+    "ciliumlocalredirectpolicies": "CiliumLocalRedirectPolicy", "lbippool": "CiliumLoadBalancerIPPool",
+    "ippools": "CiliumLoadBalancerIPPool", "lbippools": "CiliumLoadBalancerIPPool",
 }  # fmt: skip
 _SUFFIXES: Final = (".yaml", ".yml", ".json")
 
@@ -102,7 +113,7 @@ def validate(key: ObjectKey, raw: Raw) -> None:
     """Error: LabError, which names object and field."""
     if key.kind not in KINDS:
         raise LabError(f"{text_of(key)}: kind {key.kind} is not known to the lab; it takes {', '.join(sorted(KINDS))}")
-    if raw.get("apiVersion") != KINDS[key.kind]:
+    if raw.get("apiVersion") not in (KINDS[key.kind], _OLDER.get(key.kind)):
         raise LabError(f"{text_of(key)}: apiVersion: {raw.get('apiVersion')!r} is not {KINDS[key.kind]}")
     _validate_name(key)
     try:
@@ -143,11 +154,24 @@ class HttpGet(msgspec.Struct, kw_only=True, rename="camel"):
     path: str = "/"
 
 
+class TcpSocket(msgspec.Struct, kw_only=True):
+    """A probe that only connects."""
+
+    port: int | str
+
+
 class Probe(msgspec.Struct, kw_only=True, rename="camel"):
     """``readinessProbe``, as far as the lab executes it."""
 
     http_get: HttpGet | None = None
+    tcp_socket: TcpSocket | None = None
     timeout_seconds: float = 1
+
+    @property
+    def port(self) -> int | str:
+        """The port that it asks, 0 for none."""
+        asked = self.http_get or self.tcp_socket
+        return asked.port if asked else 0
 
 
 class _FieldRef(msgspec.Struct, kw_only=True, rename="camel"):
@@ -197,8 +221,10 @@ class Container(msgspec.Struct, kw_only=True, rename="camel"):
         raise LabError(f"container {self.name}: it has no port named {wanted}")
 
 
-class _Spec(msgspec.Struct, kw_only=True):
+class _Spec(msgspec.Struct, kw_only=True, rename="camel"):
     containers: list[Container] = []
+    termination_grace_period_seconds: float = 2
+    """Kubernetes waits 30 seconds where it is not set."""
 
 
 class _Pod(msgspec.Struct, kw_only=True):
@@ -210,6 +236,11 @@ def containers_of(raw: Raw) -> list[Container]:
     return msgspec.convert(raw, _Pod).spec.containers
 
 
+def grace_of(raw: Raw) -> float:
+    """Return the seconds that a valid pod's processes have between SIGTERM and SIGKILL."""
+    return max(0.0, msgspec.convert(raw, _Pod).spec.termination_grace_period_seconds)
+
+
 def _containers(key: ObjectKey, raw: Raw) -> None:
     try:
         found = containers_of(raw)
@@ -219,8 +250,8 @@ def _containers(key: ObjectKey, raw: Raw) -> None:
     for one in found:
         if one.args and not one.command:
             raise LabError(f"{text_of(key)}: container {one.name}: args without command; the lab pulls no images")
-        if one.readiness_probe and one.readiness_probe.http_get:
-            one.port(one.readiness_probe.http_get.port)
+        if one.readiness_probe:
+            one.port(one.readiness_probe.port)
         for variable in one.env:
             if variable.field_path and variable.field_path not in FIELDS:
                 raise LabError(f"{text_of(key)}: container {one.name}: env {variable.name}: {variable.field_path}: "
@@ -279,25 +310,37 @@ class Plan:
     stop: tuple[ObjectKey, ...] = field(default=())
 
 
-def plan(present: Objects, wanted: Objects, deleted: Iterable[ObjectKey], nodes: Sequence[str]) -> Plan:
+def plan(
+    present: Objects,
+    wanted: Objects,
+    deleted: Iterable[ObjectKey],
+    nodes: Sequence[str],
+    families: tuple[str, ...] = ("IPv4", "IPv6"),
+    now: str = "",
+) -> Plan:
     """Return how to get from ``present`` to what is asked for. Error: LabError, and nothing is to be done.
 
     A pod whose spec changes is stopped and started again; one whose labels change keeps running. Pods without a node
-    go to the node with the fewest.
+    go to the node with the fewest. ``families``: the cluster's; ``now``: in RFC 3339, for what is created.
     """
     gone = set(deleted)
     target: dict[ObjectKey, Raw] = {key: raw for key, raw in present.items() if key not in gone}
     changes: dict[ObjectKey, Change] = dict.fromkeys(sorted(gone), "deleted")
     for key, raw in wanted.items():
         validate(key, raw)
-        fresh = _normal(key, raw)
-        if key.kind == "Pod" and key in present:
-            fresh = _keep_node(fresh, present[key])
-        changes[key] = "created" if key not in present else "unchanged" if present[key] == fresh else "configured"
+    for key, fresh in _admitted(wanted, target, families).items():
+        former = present.get(key)
+        fresh = _kept(key, fresh, former, now)
+        changes[key] = "created" if former is None else "unchanged" if former == fresh else "configured"
         target[key] = fresh
-    _expand_all(target, present)
+    _expand_all(target, present, now)
     _check_namespaces(target, wanted)
+    hostports.check(target)
     _schedule(target, nodes)
+    try:
+        target |= balancers.assigned(target, families, now)
+    except ObjectError as error:
+        raise LabError(str(error)) from error
     write = frozenset(key for key, raw in target.items() if present.get(key) != raw)
     remove = frozenset(present.keys() - target.keys())
     pods = sorted(key for key in write if key.kind == "Pod")
@@ -310,6 +353,35 @@ def plan(present: Objects, wanted: Objects, deleted: Iterable[ObjectKey], nodes:
         start=tuple(key for key in pods if key not in present or key in changed),
         stop=(*(key for key in sorted(remove) if key.kind == "Pod"), *changed),
     )
+
+
+def _admitted(wanted: Objects, target: Objects, families: tuple[str, ...]) -> dict[ObjectKey, Raw]:
+    """Return objects as the API server takes them in."""
+    fresh = {key: _normal(key, raw) for key, raw in wanted.items()}
+    services = {key: raw for key, raw in fresh.items() if key.kind == "Service"}
+    if services:
+        fresh |= admit_all(services, {key: raw for key, raw in target.items() if key.kind == "Service"}, families)
+    return fresh
+
+
+def _kept(key: ObjectKey, fresh: Raw, former: Raw | None, now: str) -> Raw:
+    """Return an object with what a user does not write: a pod's node, a status, when it was made."""
+    if key.kind == "Pod" and former is not None:
+        fresh = _keep_node(fresh, former)
+    if key.kind not in AGED:
+        return fresh
+    created = former["metadata"].get("creationTimestamp") if former else now
+    metadata = {name: value for name, value in fresh["metadata"].items() if name != "creationTimestamp"}
+    if created:
+        metadata["creationTimestamp"] = created
+    status = former.get("status") if former and (key.kind != "Pod" or former["spec"] == fresh["spec"]) else None
+    if status is None and key.kind == "Service":
+        status = {"loadBalancer": {}}
+    return {**fresh, "metadata": metadata, **({"status": status} if status is not None else {})}
+
+
+AGED: Final = ("Pod", "Service", "EndpointSlice", "CiliumLocalRedirectPolicy", "CiliumLoadBalancerIPPool")
+"""Kinds that remember when they were made, and have a status that others write."""
 
 
 def _normal(key: ObjectKey, raw: Raw) -> Raw:
@@ -333,7 +405,7 @@ def _keep_node(fresh: Raw, former: Raw) -> Raw:
     return {**fresh, "spec": {**fresh["spec"], "nodeName": node}}
 
 
-def _expand_all(target: dict[ObjectKey, Raw], present: Objects) -> None:
+def _expand_all(target: dict[ObjectKey, Raw], present: Objects, now: str) -> None:
     """Bring the pods of Deployments in line with them."""
     wanted: dict[ObjectKey, Raw] = {}
     for key in [one for one in target if one.kind == "Deployment"]:
@@ -343,7 +415,7 @@ def _expand_all(target: dict[ObjectKey, Raw], present: Objects) -> None:
     for key, pod in wanted.items():
         if key in present and not owner_of(present[key]):
             raise LabError(f"{text_of(key)}: {owner_of(pod)} needs this name; delete the pod, or rename it")
-        target[key] = _keep_node(pod, present[key]) if key in present else pod
+        target[key] = _kept(key, pod, present.get(key), now)
 
 
 def _check_namespaces(target: Objects, wanted: Objects) -> None:
@@ -365,9 +437,11 @@ def _schedule(target: dict[ObjectKey, Raw], nodes: Sequence[str]) -> None:
             count[node] += 1
         else:
             raise LabError(f"{text_of(key)}: spec.nodeName: there is no node {node}; there are {', '.join(nodes)}")
+    taken = hostports.taken(target)
     for key in waiting:
-        node = min(nodes, key=lambda one: count[one])
+        node = min(hostports.fitting(key, target[key], nodes, taken), key=lambda one: count[one])
         count[node] += 1
+        hostports.take(taken, key, target[key], node)
         target[key] = {**target[key], "spec": {**target[key]["spec"], "nodeName": node}}
 
 

@@ -3,6 +3,7 @@
 import http.client
 import os
 import signal
+import socket
 import subprocess
 import time
 import uuid
@@ -14,9 +15,9 @@ import msgspec
 
 import ciliate
 from ciliate.k8s.manifests import ObjectKey, Raw
-from ciliate.lab import netns, state
+from ciliate.lab import cgroups, netns, state
 from ciliate.lab.agents import log_tail, spawn
-from ciliate.lab.objects import Container, EnvVar, Probe, containers_of, text_of
+from ciliate.lab.objects import Container, EnvVar, Probe, containers_of, grace_of, text_of
 from ciliate.lab.state import PodFile, Process
 from ciliate.lab.topology import NETNS, LabError, LabNode, Topology
 
@@ -95,15 +96,25 @@ def log_path(topology: Topology, namespace: str, name: str, container: str) -> P
 def start(topology: Topology, key: ObjectKey, raw: Raw) -> PodFile:
     """Wire a pod and start its commands; nothing of it is left after an error. Errors: LabError, OSError."""
     node = topology.node(raw["spec"]["nodeName"])
-    name = topology.pod_netns(key.namespace, key.name)
-    pod = PodFile(namespace=key.namespace, name=key.name, node=node.name, netns=name, container_id=uuid.uuid4().hex)
+    host = bool(raw["spec"].get("hostNetwork"))
+    pod = PodFile(
+        namespace=key.namespace,
+        name=key.name,
+        node=node.name,
+        netns=node.netns if host else topology.pod_netns(key.namespace, key.name),
+        container_id=uuid.uuid4().hex,
+        host_network=host,
+        grace=grace_of(raw),
+    )
     path = state.pod_path(topology, key.namespace, key.name)
-    netns.remove(name)
+    former = state.read_file(path, PodFile)
+    if former is not None and former.ended:
+        remove(topology, former)
+    if not host:
+        netns.remove(pod.netns)
     state.write_file(path, pod)
     try:
-        netns.create(name)
-        result = _cni(topology, "ADD", pod)
-        pod = msgspec.structs.replace(pod, addresses=[one.address.partition("/")[0] for one in result.ips])
+        pod = msgspec.structs.replace(pod, addresses=_addresses(topology, node, pod))
         if not pod.addresses:
             raise LabError(f"{text_of(key)}: the CNI plugin gave it no address")
         processes = [_start_container(topology, node, pod, raw, one) for one in containers_of(raw) if one.command]
@@ -115,6 +126,14 @@ def start(topology: Topology, key: ObjectKey, raw: Raw) -> PodFile:
     return pod
 
 
+def _addresses(topology: Topology, node: LabNode, pod: PodFile) -> list[str]:
+    """Make a pod's network and return its addresses: the node's own if it is in the node's namespace."""
+    if pod.host_network:
+        return [str(one.ip) for one in node.addresses]
+    netns.create(pod.netns)
+    return [one.address.partition("/")[0] for one in _cni(topology, "ADD", pod).ips]
+
+
 def _start_container(topology: Topology, node: LabNode, pod: PodFile, raw: Raw, one: Container) -> Process:
     env = {"PATH": os.environ.get("PATH", _PATH), "HOSTNAME": pod.name, "HOME": "/root"}
     env |= {variable.name: _value(variable, node, pod) for variable in one.env}
@@ -123,7 +142,7 @@ def _start_container(topology: Topology, node: LabNode, pod: PodFile, raw: Raw, 
     command = [*one.command, *one.args]
     if one.working_dir:
         command = ["env", "-C", one.working_dir, *command]
-    return spawn(one.name, pod.netns, command, log, env)
+    return spawn(one.name, cgroups.inside(topology, node.name, pod.netns, command), log, env)
 
 
 def _value(variable: EnvVar, node: LabNode, pod: PodFile) -> str:
@@ -139,13 +158,31 @@ def _value(variable: EnvVar, node: LabNode, pod: PodFile) -> str:
     return fields[variable.field_path] if variable.field_path else variable.value
 
 
-def stop(topology: Topology, pod: PodFile, *, unwire: bool = True) -> None:
-    """End a pod's processes, give its interface back, take its namespace away. Idempotent. Error: LabError."""
+def stop(topology: Topology, pod: PodFile) -> None:
+    """End a pod's processes and take it away. Idempotent. Error: LabError."""
+    terminate(topology, pod)
+    remove(topology, pod)
+
+
+def terminate(topology: Topology, pod: PodFile) -> None:
+    """End a pod's processes: SIGTERM, and after its grace period SIGKILL. Error: LabError."""
     if (NETNS / pod.netns).exists():
-        netns.end(lambda: netns.pids(pod.netns))
-    if unwire:
+        netns.end(lambda: _pids(pod), grace=pod.grace)
+    ended = msgspec.structs.replace(pod, ended=True, ready=False)
+    state.write_file(state.pod_path(topology, pod.namespace, pod.name), ended)
+
+
+def _pids(pod: PodFile) -> list[int]:
+    if not pod.host_network:
+        return netns.pids(pod.netns)
+    return [pid for one in pod.processes if one.alive for pid in netns.session(one.pid)]
+
+
+def remove(topology: Topology, pod: PodFile) -> None:
+    """Give a pod's interface back and take its namespace away. Idempotent. Error: LabError."""
+    if not pod.host_network:
         _cni(topology, "DEL", pod)
-    netns.remove(pod.netns)
+        netns.remove(pod.netns)
     for path in (topology.directory / "pods").glob(f"{pod.namespace}.{pod.name}.*log"):
         path.unlink(missing_ok=True)
     state.pod_path(topology, pod.namespace, pod.name).unlink(missing_ok=True)
@@ -180,35 +217,65 @@ def _sad(topology: Topology, key: ObjectKey, one: Container, what: str) -> str:
 def _not_ready(topology: Topology, pod: PodFile, process: Process, one: Container) -> str:
     if not process.alive:
         return "it has ended"
-    if one.readiness_probe is None or one.readiness_probe.http_get is None:
+    if one.readiness_probe is None or not one.readiness_probe.port:
         return ""
     return probe(topology, pod, one, one.readiness_probe)
 
 
 def probe(topology: Topology, pod: PodFile, one: Container, wanted: Probe) -> str:
-    """Ask a pod from its node; return "" when the answer is 200 to 399, else what is wrong."""
-    assert wanted.http_get is not None
-    get, port = wanted.http_get, one.port(wanted.http_get.port)
+    """Ask a pod from its node; return "" when it takes the connection, and the answer, if any, is 200 to 399; else what
+    is wrong.
+    """
+    port = one.port(wanted.port)
+
+    def connect() -> str:
+        try:
+            socket.create_connection((pod.addresses[0], port), wanted.timeout_seconds).close()
+        except OSError as error:
+            return f"port {port}: {error}"
+        return ""
 
     def ask() -> str:
+        assert wanted.http_get is not None
+        path = wanted.http_get.path
         connection = http.client.HTTPConnection(pod.addresses[0], port, timeout=wanted.timeout_seconds)
         try:
-            connection.request("GET", get.path, headers={"User-Agent": "kube-probe/1.33", "Connection": "close"})
+            connection.request("GET", path, headers={"User-Agent": "kube-probe/1.33", "Connection": "close"})
             status = connection.getresponse().status
         except (OSError, http.client.HTTPException) as error:
-            return f"GET {get.path} on port {port}: {error}"
+            return f"GET {path} on port {port}: {error}"
         finally:
             connection.close()
-        return "" if 200 <= status < 400 else f"GET {get.path} on port {port}: HTTP {status}"
+        return "" if 200 <= status < 400 else f"GET {path} on port {port}: HTTP {status}"
 
-    return netns.inside(topology.node(pod.node).netns, ask)
+    return netns.inside(topology.node(pod.node).netns, ask if wanted.http_get else connect)
+
+
+def probe_again(topology: Topology, raw: Raw, pod: PodFile) -> PodFile:
+    """Return a pod with its readiness as it is now, and remember it; three failures in a row make it not ready."""
+    containers = {one.name: one for one in containers_of(raw)}
+    ready = all(_answers(topology, pod, one, containers[one.name]) for one in pod.processes if one.name in containers)
+    if ready != pod.ready:
+        pod = msgspec.structs.replace(pod, ready=ready)
+        state.write_file(state.pod_path(topology, pod.namespace, pod.name), pod)
+    return pod
+
+
+def _answers(topology: Topology, pod: PodFile, process: Process, one: Container) -> bool:
+    for pause in (0.05, 0.1, 0):
+        if not _not_ready(topology, pod, process, one):
+            return True
+        if not process.alive:
+            return False
+        time.sleep(pause)
+    return False
 
 
 def status_of(pod: PodFile | None) -> dict[str, Any]:
     """Return a pod's ``status`` as Kubernetes has it."""
     if pod is None:
-        return {"phase": "Pending"}
-    alive = all(one.alive for one in pod.processes)
+        return {"phase": "Pending", "conditions": [{"type": "Ready", "status": "False"}]}
+    alive = not pod.ended and all(one.alive for one in pod.processes)
     phase = "Running" if alive else "Failed"
     return {
         "phase": phase,
@@ -217,6 +284,11 @@ def status_of(pod: PodFile | None) -> dict[str, Any]:
         "conditions": [{"type": "Ready", "status": "True" if pod.ready and alive else "False"}],
         "containerStatuses": [{"name": one.name, "ready": one.alive, "pid": one.pid} for one in pod.processes],
     }
+
+
+def stored_status(pod: PodFile | None) -> dict[str, Any]:
+    """Return the part of a pod's status that agents read."""
+    return {key: value for key, value in status_of(pod).items() if key != "containerStatuses"}
 
 
 def signal_number(text: str) -> signal.Signals:

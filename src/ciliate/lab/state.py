@@ -37,7 +37,11 @@ class Process(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class PodFile(msgspec.Struct, kw_only=True, frozen=True):
-    """A pod as it was started. ``spec``: what it was started from, to see whether a newer object differs."""
+    """A pod as it was started. ``spec``: what it was started from, to see whether a newer object differs.
+
+    ``host_network``: it is in its node's namespace, ``netns``; ``grace``: seconds from SIGTERM to SIGKILL;
+    ``ended``: its processes were ended, and its network is on its way out.
+    """
 
     namespace: str
     name: str
@@ -48,6 +52,9 @@ class PodFile(msgspec.Struct, kw_only=True, frozen=True):
     processes: list[Process] = []
     spec: str = ""
     ready: bool = False
+    host_network: bool = False
+    grace: float = 2
+    ended: bool = False
 
 
 File = TypeVar("File", ClusterFile, PodFile, Process)

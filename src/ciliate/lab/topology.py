@@ -22,6 +22,9 @@ NODES_V4: Final = IPv4Network("172.30.0.0/24")
 NODES_V6: Final = IPv6Network("fd00:30::/64")
 OUTSIDE_V4: Final = IPv4Network("172.31.0.0/24")
 OUTSIDE_V6: Final = IPv6Network("fd00:31::/64")
+SERVICES_V4: Final = IPv4Network("10.96.0.0/16")
+SERVICES_V6: Final = IPv6Network("fd00:10:96::/112")
+"""Cluster addresses of Services; no node's pods have theirs there."""
 _ROUTER: Final = 254
 _OUTSIDE_HOST: Final = 10
 _NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9]{0,22}[a-z0-9])?")
@@ -93,6 +96,11 @@ class Topology:
         """All nodes, ``n1`` first."""
         return tuple(self._node(index) for index in range(1, self.size + 1))
 
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Of pods and Services, the first one first."""
+        return tuple(name for name, on in (("IPv4", self.ipv4), ("IPv6", self.ipv6)) if on)
+
     def node(self, name: str) -> LabNode:
         """Return a node. Error: LabError."""
         for one in self.nodes:
@@ -106,9 +114,9 @@ class Topology:
     def _node(self, index: int) -> LabNode:
         cidrs: list[Network] = []
         if self.ipv4:
-            cidrs.append(IPv4Network(f"10.{index}.0.0/24"))
+            cidrs.append(IPv4Network(f"10.{index + (index >= 96)}.0.0/24"))
         if self.ipv6:
-            cidrs.append(IPv6Network(f"fd00:10:{index:x}::/64"))
+            cidrs.append(IPv6Network(f"fd00:10:{index + (index >= 0x96):x}::/64"))
         return LabNode(
             name=f"n{index}",
             index=index,

@@ -1,12 +1,13 @@
 """What ``lab get`` and ``lab logs`` show."""
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from ciliate.client import AgentError
 from ciliate.k8s.manifests import ObjectKey, Raw
-from ciliate.lab import agents, pods, state
+from ciliate.lab import agents, pods, state, tables
 from ciliate.lab.cluster import client, store
 from ciliate.lab.objects import kind_of
 from ciliate.lab.topology import LabError, Topology
@@ -77,6 +78,14 @@ def rows(found: Sequence[Document], *, wide: bool) -> tuple[list[str], list[list
     if kinds == {"Node"}:
         columns = ["name", "ready", "address", "pod cidrs"] + (["message"] if wide else [])
         return columns, [_node_row(one, wide=wide) for one in found]
+    now = datetime.now(UTC)
+    match sorted(kinds):
+        case ["Service"]:
+            return tables.service_rows(found, now, wide=wide)
+        case ["EndpointSlice"]:
+            return tables.slice_rows(found, now, wide=wide)
+        case ["CiliumLoadBalancerIPPool"]:
+            return tables.pool_rows(found, now)
     columns = ["kind", "namespace", "name"] + (["labels"] if wide else [])
     listed = []
     for one in found:

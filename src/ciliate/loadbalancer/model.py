@@ -97,6 +97,8 @@ class Service:
     ingress_ips: tuple[Address, ...] = ()
     """``status.loadBalancer.ingress``: those whose ``ipMode`` is VIP."""
     ports: tuple[ServicePort, ...] = ()
+    created: str = ""
+    """``metadata.creationTimestamp``, as written: the older of two services that claim one address has it."""
     selector: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     annotations: Mapping[str, str] = field(default_factory=dict)
@@ -144,6 +146,66 @@ class EndpointSlice:
     service: str
     endpoints: tuple[Endpoint, ...] = ()
     ports: tuple[tuple[str, int, int], ...] = ()
+    weight: int = 1
+    """``service.cilium.io/weight``, of each of its endpoints; 0: no new connections (maintenance)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostPort:
+    """One ``hostPort`` of a container. ``address`` None: ``hostIP`` is not given (or is unspecified)."""
+
+    protocol: int = TCP
+    host_port: int
+    port: int
+    address: Address | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PodPorts:
+    """What load balancing needs to know of a pod of this node. One that has ended (``status.phase``) is taken out.
+
+    ``ports``: (name, protocol number, port) of its containers' ports that have a name.
+    """
+
+    namespace: str
+    name: str
+    created: str = ""
+    addresses: tuple[Address, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
+    ports: tuple[tuple[str, int, int], ...] = ()
+    host_ports: tuple[HostPort, ...] = ()
+    host_network: bool = False
+    ready: bool = True
+
+    @property
+    def owner(self) -> Owner:
+        """What its frontends belong to."""
+        return Owner("Pod", self.namespace, self.name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalNode:
+    """What of this node decides. ``addresses``: those of nodes (this one, and others as far as they are known): an
+    ingress address that is one of them does not stand for services alone.
+    """
+
+    name: str
+    zone: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    families: frozenset[Family] = frozenset({4, 6})
+    addresses: frozenset[Address] = frozenset()
+    algorithm: Algorithm = Algorithm.RANDOM
+    """Of services that do not name one."""
+    forwarding: Forwarding = Forwarding.SNAT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HealthCheck:
+    """What is answered on a ``healthCheckNodePort``: 200 with a local endpoint that is ready, else 503."""
+
+    owner: Owner
+    port: int
+    local_endpoints: int
 
 
 # ---- what is to be in force on this node ---------------------------------------------------------------------------
@@ -181,7 +243,11 @@ class FrontendAddress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
-    """Who serves. Equal address, port and protocol are one backend of the node, whatever services it serves."""
+    """Who serves. Equal address, port and protocol are one backend of the node, whatever services it serves.
+
+    ``weight`` 0: no new connection is given to it (no slot, no affinity), but those that it has go on, so it keeps
+    its number. So stand endpoints that terminate or are not ready beside others that are.
+    """
 
     address: Address
     port: int
@@ -195,7 +261,9 @@ class Backend:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frontend:
-    """One address with who serves it, all rules applied. ``backends`` are in the order of their addresses."""
+    """One address with who serves it, all rules applied. ``backends`` are in the order of their addresses; those of
+    weight 0 only keep connections.
+    """
 
     at: FrontendAddress
     kind: FrontendKind
@@ -203,13 +271,16 @@ class Frontend:
     port_name: str = ""
     backends: tuple[Backend, ...] = ()
     drop: bool = False
-    """Without backends: dropped, since another node may have one; else rejected."""
+    """Without a backend for new connections: dropped, since another node may have one; else rejected."""
     local: bool = False
     """All backends are local and the client's address is kept."""
     algorithm: Algorithm = Algorithm.RANDOM
     forwarding: Forwarding = Forwarding.SNAT
     affinity: int = 0
     source_ranges: tuple[Network, ...] = ()
+    """Of the frontend's family; none: everybody may ask."""
+    source_deny: bool = False
+    """``source_ranges`` are the clients that may not ask; else only they may."""
     skips: tuple[Address, ...] = ()
     """Local pods that pass it by (skipRedirectFromBackend)."""
 

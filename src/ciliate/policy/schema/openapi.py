@@ -8,16 +8,34 @@ import yaml
 
 from ciliate.policy.schema.cilium import CIDR_GROUP, NETWORK_POLICY
 from ciliate.policy.schema.kinds import Anything, Fields, Flag, Kind, Many, Number, NumberOrText, Pairs, Text
+from ciliate.policy.schema.services import IP_POOL, LOCAL_REDIRECT_POLICY
 
 HEADER: Final = "# Written by `make docs` from src/ciliate/policy/schema; do not edit.\n"
 _AGE: Final = {"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"}
 _VALID: Final = {"name": "Valid", "type": "string", "jsonPath": ".status.conditions[?(@.type=='Valid')].status"}
+_POOL_COLUMNS: Final[tuple[Mapping[str, str], ...]] = (
+    {"name": "Disabled", "type": "boolean", "jsonPath": ".spec.disabled"},
+    {
+        "name": "Conflicting",
+        "type": "string",
+        "jsonPath": ".status.conditions[?(@.type=='cilium.io/PoolConflict')].status",
+    },
+    {
+        "name": "IPs Available",
+        "type": "string",
+        "jsonPath": ".status.conditions[?(@.type=='cilium.io/IPsAvailable')].message",
+    },
+)
 Schema = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resource:
-    """What a CustomResourceDefinition says beside the schema. ``status``: it has the subresource."""
+    """What a CustomResourceDefinition says beside the schema.
+
+    ``status``: it has the subresource; ``columns``: what ``kubectl get`` shows beside the age; ``older``: versions that
+    are served with the same schema.
+    """
 
     kind: str
     plural: str
@@ -26,20 +44,33 @@ class Resource:
     namespaced: bool
     status: bool
     document: Fields
+    columns: tuple[Mapping[str, str], ...] = ()
+    older: tuple[str, ...] = ()
 
 
 RESOURCES: Final = (
     Resource(
         kind="CiliumNetworkPolicy", plural="ciliumnetworkpolicies", short=("cnp", "ciliumnp"),
         categories=("cilium", "ciliumpolicy"), namespaced=True, status=True, document=NETWORK_POLICY,
+        columns=(_VALID,),
     ),
     Resource(
         kind="CiliumClusterwideNetworkPolicy", plural="ciliumclusterwidenetworkpolicies", short=("ccnp",),
         categories=("cilium", "ciliumpolicy"), namespaced=False, status=True, document=NETWORK_POLICY,
+        columns=(_VALID,),
     ),
     Resource(
         kind="CiliumCIDRGroup", plural="ciliumcidrgroups", short=("ccg",),
         categories=("cilium",), namespaced=False, status=False, document=CIDR_GROUP,
+    ),
+    Resource(
+        kind="CiliumLocalRedirectPolicy", plural="ciliumlocalredirectpolicies", short=("clrp",),
+        categories=("cilium", "ciliumpolicy"), namespaced=True, status=True, document=LOCAL_REDIRECT_POLICY,
+    ),
+    Resource(
+        kind="CiliumLoadBalancerIPPool", plural="ciliumloadbalancerippools",
+        short=("ippools", "ippool", "lbippool", "lbippools"), categories=("cilium",), namespaced=False, status=True,
+        document=IP_POOL, columns=_POOL_COLUMNS, older=("v2alpha1",),
     ),
 )  # fmt: skip
 
@@ -58,11 +89,12 @@ def definition(one: Resource) -> Schema:
         "name": "v2",
         "served": True,
         "storage": True,
-        "additionalPrinterColumns": [dict(_AGE), *([dict(_VALID)] if one.status else [])],
+        "additionalPrinterColumns": [dict(_AGE), *(dict(column) for column in one.columns)],
         "schema": {"openAPIV3Schema": document_schema(one.document)},
     }
     if one.status:
         version["subresources"] = {"status": {}}
+    versions = [version, *({**version, "name": name, "storage": False} for name in one.older)]
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
@@ -78,7 +110,7 @@ def definition(one: Resource) -> Schema:
                 "categories": list(one.categories),
             },
             "scope": "Namespaced" if one.namespaced else "Cluster",
-            "versions": [version],
+            "versions": versions,
         },
     }
 

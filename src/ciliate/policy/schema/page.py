@@ -6,6 +6,7 @@ from typing import Final
 from ciliate.policy.schema.cilium import CIDR_GROUP, ENTITIES, NETWORK_POLICY
 from ciliate.policy.schema.kinds import Anything, Field, Fields, Flag, Kind, Many, Number, NumberOrText, Pairs, Text
 from ciliate.policy.schema.kubernetes import NATIVE, TIERED
+from ciliate.policy.schema.services import IP_POOL, LOCAL_REDIRECT_POLICY
 
 _GENERAL: Final = ("apiVersion", "kind", "metadata", "status")
 _INTRODUCTION: Final = """\
@@ -45,13 +46,34 @@ def policy_page() -> Iterator[str]:
     """Yield the lines of the page."""
     yield from _INTRODUCTION.splitlines()
     yield from ("", "Entities: " + ", ".join(f"`{one}`" for one in ENTITIES) + ".")
-    seen: set[str] = set()
-    for title, document in (
+    yield from _documents(
         ("CiliumNetworkPolicy, CiliumClusterwideNetworkPolicy", NETWORK_POLICY),
         ("CiliumCIDRGroup", CIDR_GROUP),
         ("NetworkPolicy", NATIVE),
         ("ClusterNetworkPolicy", TIERED),
-    ):
+    )
+
+
+_SERVICES: Final = """\
+# Objects around Services
+
+Beside Services and EndpointSlices (`v1`, `discovery.k8s.io/v1`) two kinds of `cilium.io` say where traffic goes.
+`!` marks what must be set. The schemas in `install/crds` come from the same declarations.
+"""
+
+
+def services_page() -> Iterator[str]:
+    """Yield the lines of the page about the objects around Services."""
+    yield from _SERVICES.splitlines()
+    yield from _documents(
+        ("CiliumLocalRedirectPolicy (cilium.io/v2)", LOCAL_REDIRECT_POLICY),
+        ("CiliumLoadBalancerIPPool (cilium.io/v2, v2alpha1)", IP_POOL),
+    )
+
+
+def _documents(*documents: tuple[str, Fields]) -> Iterator[str]:
+    seen: set[str] = set()
+    for title, document in documents:
         yield from ("", f"## {title}")
         for one in _named(document):
             if one.name not in seen:
