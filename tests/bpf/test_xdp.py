@@ -1,4 +1,4 @@
-"""The XDP program: what it turns round has the very octets that tc gives it, and whatever is not plain goes on to tc."""
+"""The XDP program: what it turns round has the very octets that tc gives it, and what is not plain goes on to tc."""
 
 import ctypes
 import os

@@ -122,8 +122,8 @@ _HELP: Final[Mapping[str, str]] = {
     "their packets are translated), or off (the node's own processes reach no service) (default: all)",
     "cgroup_root": "cgroup v2 directory that all processes of the node and its pods are below "
     "(default: where the hierarchy is mounted)",
-    "xdp": "where known connections from outside are sent on to backends of other nodes, with routing-mode native: off (in "
-    "tc), native (in the driver), generic, or auto (native where the driver can) (default: off)",
+    "xdp": "where known connections from outside are sent on to backends of other nodes, with routing-mode native: off "
+    "(in tc), native (in the driver), generic, or auto (native where the driver can) (default: off)",
     "cni_conf_dir": "install the CNI configuration here once the agent is ready",
     "cni_bin_dir": "install the CNI plugin here, from --cni-plugin",
     "cni_plugin": "the plugin's executable, ciliate-cni",
