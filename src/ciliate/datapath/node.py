@@ -106,7 +106,7 @@ class Datapath:
         self.xdp = "off"
         """How the XDP program runs: native, generic or off, with the reason where that was not asked for."""
         self.links = links
-        self.sockets = CgroupLinks(links.root.with_name("cgroup"))
+        self.sockets: CgroupLinks
         self._object: BpfObject
         self._devices: NodeDevices
         self.netns_cookies: dict[IPv4Address | IPv6Address, int] = {}
@@ -136,6 +136,7 @@ class Datapath:
 
     def _start(self, root: Path) -> None:
         config = self.config
+        self.sockets = CgroupLinks(root / "cgroup")
         self._devices = self._ensure_devices()
         self._object = self._load(root / "maps")
         try:
