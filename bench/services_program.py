@@ -196,6 +196,6 @@ def _rows(ours: dict[int, _Figures], peers: dict[tuple[str, int], _Figures]) -> 
             rows.append(compare(_loaded(peer), *loads, peer_name=peer_name, unit="s", lower_is_better=True, note=note))
     endpoints = f"{_ENDPOINTS * _LARGEST:,} backends"
     rows.append(absolute(LOAD, whole.load, [whole.load], unit="s", below=3, note=f"{endpoints}; frontends to kernel"))
-    size = whole.memory / (1 << 20)
-    rows.append(absolute(MEMORY, size, [size], unit="MiB", below=None, note=f"{', '.join(MAPS)}: memlock; {endpoints}"))
+    mib = whole.memory / (1 << 20)
+    rows.append(absolute(MEMORY, mib, [mib], unit="MiB", below=None, note=f"{', '.join(MAPS)}: memlock; {endpoints}"))
     return rows
