@@ -155,11 +155,9 @@ def services_status(agent: "Agent") -> dict[str, Any]:
     config, worker = agent.config, agent.services
     frontends: Iterable[tuple[Frontend, ...]] = list(worker.frontends.values())
     kinds = dict.fromkeys(FrontendKind, 0)
-    backends: set[Backend] = set()
     for several in frontends:
         for one in several:
             kinds[one.kind] += 1
-            backends.update(one.backends)
     return {
         "kube_proxy_replacement": config.kube_proxy_replacement,
         "socket_lb": config.socket_lb if config.kube_proxy_replacement else "off",
@@ -169,7 +167,7 @@ def services_status(agent: "Agent") -> dict[str, Any]:
         "node_port_range": list(config.node_port_range),
         "services": len(agent.cluster.services),
         "frontends": {str(kind): count for kind, count in kinds.items() if count},
-        "backends": len({_place(one) for one in backends}),
+        "backends": agent.datapath.services.usage()["backends"][0],
         "milliseconds": round(worker.last.took * 1000, 3),
         "health_check_ports": sorted(worker.health.ports),
         "events": dict(worker.events),

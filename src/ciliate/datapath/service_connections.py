@@ -52,7 +52,7 @@ class ServiceConnections:
 
     def _leaderless(self, keys: Array, values: Array) -> Mask:
         """Where rows name a backend that is gone, but not TCP's: what is under way ends by itself."""
-        return self._orphans(values) & (keys["protocol"] != TCP)
+        return np.asarray(self._orphans(values) & (keys["protocol"] != TCP))
 
     def _orphans(self, values: Array) -> Mask:
         """Where rows name a backend that is gone. It is looked for after the row was seen, and written before it."""
