@@ -79,6 +79,7 @@ def test_sockets_are_given_backends_by_the_cgroup_that_is_found_or_named(
         ({"ipv4": False, "ipv6": False}, "ipv4, ipv6: one of them must be on"),
         ({"ipv4": "maybe"}, "ipv4: 'maybe' is not valid"),
         ({"socket_lb": "pods"}, "socket-lb: 'pods' is neither all, host nor off"),
+        ({"xdp": "fast"}, "xdp: 'fast' is neither off, auto, native nor generic"),
         ({"tunnel_port": 0}, "tunnel-port: 0 is not in 1..65535"),
         ({"node_port_range": "30000"}, "node-port-range: '30000' is not valid"),
         ({"node_port_range": "40000-30000"}, "node-port-range: 40000-30000 is no range"),

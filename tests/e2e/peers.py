@@ -1,11 +1,13 @@
-"""What talks to Services in tests, and what serves them: ``server NAME PORT [SECONDS]``, ``talk``.
+"""What talks to Services in tests, and what serves them: ``server NAME PORT``, ``talk``.
 
 A server says who it is and whom it sees, over TCP and UDP alike. ``talk`` reads a request a line from standard input,
 as JSON, and prints an answer a line: one process asks many times, from one place.
 """
 
+import contextlib
 import errno
 import json
+import os
 import signal
 import socket
 import sys
@@ -16,17 +18,27 @@ from typing import Any
 TIMEOUT = 2.0
 
 
-def serve(name: str, port: int, linger: float) -> None:
-    """Answer until SIGTERM, and ``linger`` seconds longer."""
-    if linger:
-        signal.signal(signal.SIGTERM, lambda *_: threading.Timer(linger, lambda: signal.raise_signal(9)).start())
+def serve(name: str, port: int) -> None:
+    """Answer until SIGTERM, and then until the last connection is closed."""
+    ending = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: ending.set())
+    busy: set[socket.socket] = set()
+
+    def drain() -> None:
+        ending.wait()
+        while busy:
+            time.sleep(0.01)
+        os._exit(0)
+
+    threading.Thread(target=drain, daemon=True).start()
     listener = socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=128)
     datagrams = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
     datagrams.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     datagrams.bind(("::", port))
 
     def who(peer: Any) -> bytes:
-        return json.dumps({"name": name, "client": peer[0].removeprefix("::ffff:"), "port": peer[1]}).encode() + b"\n"
+        seen = {"name": name, "client": peer[0].removeprefix("::ffff:"), "port": peer[1], "ending": ending.is_set()}
+        return json.dumps(seen).encode() + b"\n"
 
     def answer_datagrams() -> None:
         while True:
@@ -34,13 +46,15 @@ def serve(name: str, port: int, linger: float) -> None:
             datagrams.sendto(who(peer), peer)
 
     def answer(connection: socket.socket, peer: Any) -> None:
-        with connection:
+        with connection, contextlib.suppress(OSError):
             while connection.recv(1):
                 connection.sendall(who(peer))
+        busy.discard(connection)
 
     threading.Thread(target=answer_datagrams, daemon=True).start()
     while True:
         connection, peer = listener.accept()
+        busy.add(connection)
         threading.Thread(target=answer, args=(connection, peer), daemon=True).start()
 
 
@@ -117,8 +131,8 @@ def talk() -> None:
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["server", name, port, *rest]:
-            serve(name, int(port), float(rest[0]) if rest else 0)
+        case ["server", name, port]:
+            serve(name, int(port))
         case ["talk"]:
             talk()
         case _:

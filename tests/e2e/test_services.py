@@ -7,7 +7,6 @@ pods, one on each node; so are ``web-1`` and ``web-2``; ``solo`` is on n2.
 import json
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -53,15 +52,15 @@ def node_ports(number: int) -> list[dict[str, Any]]:
     return [port(80, nodePort=number), port(80, "UDP", nodePort=number)]
 
 
-def server(name: str, node: str, app: str, *, linger: float = 0, at: int = 9000, **spec: Any) -> dict[str, Any]:
-    found = pod(name, node, app, sys.executable, str(PEERS), "server", name, str(at), str(linger))
+def server(name: str, node: str, app: str, *, grace: float = 2, at: int = 9000, **spec: Any) -> dict[str, Any]:
+    found = pod(name, node, app, sys.executable, str(PEERS), "server", name, str(at))
     container = found["spec"]["containers"][0]
     container["readinessProbe"] = {"tcpSocket": {"port": at}}
     container["ports"] = [
         {"name": "who", "containerPort": at},
         {"name": "who-udp", "containerPort": at, "protocol": "UDP"},
     ]
-    found["spec"] |= {"terminationGracePeriodSeconds": linger + 1, **spec}
+    found["spec"] |= {"terminationGracePeriodSeconds": grace, **spec}
     return found
 
 
@@ -402,7 +401,7 @@ def test_http_rules_hold_through_a_service(shop: Shop) -> None:
 
 
 def test_a_terminating_backend_keeps_its_connections_and_gets_no_new_ones(shop: Shop) -> None:
-    last, other = server("t-1", "n2", "ending", linger=2.5), server("t-2", "n1", "ending")
+    last, other = server("t-1", "n2", "ending", grace=60), server("t-2", "n1", "ending")
     front = service("ending", "ending")
     shop.lab.apply(last, other, front)
     try:
@@ -411,12 +410,15 @@ def test_a_terminating_backend_keeps_its_connections_and_gets_no_new_ones(shop: 
         held = _hold(shop["c1"], "open", address, "t-1")
         remover = threading.Thread(target=shop.lab.delete, args=(last,))
         remover.start()
-        wait_for(lambda: "(terminating)" in shop.lab.run("get", "eps", "-o", "wide").stdout, "the slice says so")
-        time.sleep(0.2)  # the command syncs the agents before it signals the pod, a moment after it writes the slice
-        assert remover.is_alive()
-        assert shop["c1"].names("tcp", address, 80) == {"t-2"}
+        wait_for(lambda: bool(shop["c1"].one("say", id=held)["ending"]), "it is asked to end")
+        assert "(terminating)" in shop.lab.run("get", "eps", "-o", "wide").stdout
+        for where in CLUSTER_PLACES:
+            assert shop[where].names("tcp", address, 80) == {"t-2"}
         assert shop["c1"].one("say", id=held)["name"] == "t-1", "the established connection goes on"
-        remover.join()
+        assert remover.is_alive()
+        shop["c1"].one("close", id=held)
+        remover.join(30)
+        assert not remover.is_alive(), "it ends as soon as nobody needs it"
         assert shop["c1"].names("tcp", address, 80) == {"t-2"}
     finally:
         shop.lab.delete(other, front)

@@ -125,6 +125,7 @@ class Agent:
                 socket_pods=config.socket_lb == "all",
                 node_ports=config.node_port_range,
                 maglev_size=config.maglev_table_size,
+                xdp=config.xdp if config.kube_proxy_replacement else "off",
                 max_entries=config.map_sizes,
                 host_exemptions=(*LEASES, *api_servers(config.api_servers)),
             )

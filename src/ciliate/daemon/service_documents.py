@@ -161,6 +161,7 @@ def services_status(agent: "Agent") -> dict[str, Any]:
     return {
         "kube_proxy_replacement": config.kube_proxy_replacement,
         "socket_lb": config.socket_lb if config.kube_proxy_replacement else "off",
+        "xdp": agent.datapath.xdp,
         "mode": str(config.lb_mode),
         "algorithm": str(config.lb_algorithm),
         "maglev_table_size": config.maglev_table_size,
