@@ -10,7 +10,19 @@ from typing import Annotated, Final, Protocol
 import typer
 from rich.console import Console
 
-from bench import busy, cni, emulation, evaluate, packet, policy, report, scale, services, traffic
+from bench import (
+    busy,
+    cni,
+    emulation,
+    evaluate,
+    packet,
+    policy,
+    report,
+    scale,
+    services,
+    services_program,
+    traffic,
+)
 from bench.report import Row
 
 
@@ -24,7 +36,7 @@ class Section(Protocol):
         """Measure the wanted rows."""
 
 
-SECTIONS: Final[tuple[Section, ...]] = (traffic, packet, cni, scale, policy, evaluate, busy, services)
+SECTIONS: Final[tuple[Section, ...]] = (traffic, packet, cni, scale, policy, evaluate, busy, services, services_program)
 ASKED_FOR: Final[dict[str, Section]] = {"emulated": emulation}
 """Only where ``--only`` has this word: minutes for a few rows, and more to install."""
 

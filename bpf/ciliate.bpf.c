@@ -7,8 +7,8 @@
 #include "hooks/overlay.h"
 #include "hooks/netdev.h"
 #include "hooks/netdev_out.h"
-#include "hooks/sock.h"
 #include "hooks/netdev_xdp.h"
+#include "hooks/sock.h"
 #include "lib/export.h"
 
 char _license[] SEC("license") = "Dual BSD/GPL";

@@ -72,19 +72,19 @@ static __always_inline bool addr_is_loopback(const union addr *a)
 	return !a->d[0] && !a->w[2] && a->w[3] == bpf_htonl(1);
 }
 
-/* Whether node ports and host ports are reached by the address. A pod's loopback is its own. */
-static __always_inline bool sock_is_node(const union addr *a, bool host)
+/* Whether node ports and host ports are reached by the address: enum wish_node. A pod's loopback is its own. */
+static __always_inline __u8 sock_is_node(const union addr *a, bool host)
 {
 	struct local_addr *local;
 	struct ipcache_entry *entry;
 
 	if (addr_is_loopback(a) || addr_is_any(a))
-		return host;
+		return host ? WISH_THIS_NODE : WISH_NO_NODE;
 	local = bpf_map_lookup_elem(&local_addrs, a);
 	if (local)
-		return local->flags & LOCAL_HOST;
+		return local->flags & LOCAL_HOST ? WISH_THIS_NODE : WISH_NO_NODE;
 	entry = ipcache_find(a);
-	return entry && entry->flags & IPCACHE_NODE;
+	return entry && entry->flags & IPCACHE_NODE ? WISH_OTHER_NODE : WISH_NO_NODE;
 }
 
 static __always_inline bool sock_skips(const struct sock_call *c)

@@ -33,8 +33,8 @@ static __always_inline int icmp_error_v4(struct __sk_buff *skb, struct scratch *
 	ip.check = csum_fold(bpf_csum_diff(NULL, 0, (__be32 *)&ip, sizeof(ip), 0));
 	icmp->check = csum_fold(bpf_csum_diff(NULL, 0, (__be32 *)icmp, octets, 0));
 	if (bpf_skb_change_tail(skb, ETH_HLEN_ + sizeof(ip) + octets, 0) ||
-	    bpf_skb_store_bytes(skb, ETH_HLEN_, &ip, sizeof(ip), 0) ||
-	    bpf_skb_store_bytes(skb, ETH_HLEN_ + sizeof(ip), icmp, octets, 0))
+	    bpf_skb_store_bytes(skb, ETH_HLEN_, &ip, sizeof(ip), BPF_F_RECOMPUTE_CSUM) ||
+	    bpf_skb_store_bytes(skb, ETH_HLEN_ + sizeof(ip), icmp, octets, BPF_F_RECOMPUTE_CSUM))
 		return -DROP_WRITE_ERROR;
 	return 0;
 }
@@ -57,8 +57,8 @@ static __always_inline int icmp_error_v6(struct __sk_buff *skb, struct scratch *
 	sum = bpf_csum_diff(NULL, 0, (__be32 *)&ip.saddr, 32, sum);
 	icmp->check = csum_fold(bpf_csum_diff(NULL, 0, (__be32 *)icmp, octets, sum));
 	if (bpf_skb_change_tail(skb, ETH_HLEN_ + sizeof(ip) + octets, 0) ||
-	    bpf_skb_store_bytes(skb, ETH_HLEN_, &ip, sizeof(ip), 0) ||
-	    bpf_skb_store_bytes(skb, ETH_HLEN_ + sizeof(ip), icmp, octets, 0))
+	    bpf_skb_store_bytes(skb, ETH_HLEN_, &ip, sizeof(ip), BPF_F_RECOMPUTE_CSUM) ||
+	    bpf_skb_store_bytes(skb, ETH_HLEN_ + sizeof(ip), icmp, octets, BPF_F_RECOMPUTE_CSUM))
 		return -DROP_WRITE_ERROR;
 	return 0;
 }

@@ -223,7 +223,7 @@ static __always_inline struct frontend *dsr_frontend(struct scratch *s)
 	w->port = s->frontend_port;
 	w->protocol = s->p.protocol;
 	w->scope = FRONTEND_EXTERNAL;
-	w->node = is_node(&s->frontend);
+	w->node = is_node(&s->frontend) ? WISH_OTHER_NODE : WISH_NO_NODE;
 	f = frontend_find(w);
 	return f && f->flags & FRONTEND_DSR ? f : NULL;
 }

@@ -9,13 +9,19 @@
 
 #define SECOND 1000000000ULL
 
+enum wish_node {
+	WISH_NO_NODE = 0,
+	WISH_OTHER_NODE = 1,
+	WISH_THIS_NODE = 2,
+};
+
 /* What a client asks for, and what it was given. */
 struct wish {
 	union addr addr; /* the frontend's */
 	__be16 port;
 	__u8 protocol;
 	__u8 scope;  /* enum frontend_scope */
-	__u8 node;   /* the address is a node's: node ports and host ports count */
+	__u8 node;   /* enum wish_node: the address is a node's, so node ports and host ports count */
 	__u8 socket; /* 1: `client` is a network namespace's cookie in d[1] */
 	__u16 pad;
 	union addr client; /* for session affinity */
@@ -46,7 +52,8 @@ static __always_inline struct frontend *frontend_find(const struct wish *w)
 		key.addr.d[0] = 0;
 		key.addr.w[2] = v4 ? bpf_htonl(0xffff) : 0;
 		key.addr.w[3] = 0;
-		return bpf_map_lookup_elem(&frontends, &key);
+		found = bpf_map_lookup_elem(&frontends, &key);
+		return found && found->flags & FRONTEND_HERE && w->node != WISH_THIS_NODE ? NULL : found;
 	}
 	key.port = 0;
 	key.protocol = 0;

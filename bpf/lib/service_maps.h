@@ -33,10 +33,12 @@ enum frontend_flag {
 	FRONTEND_LOCAL = 1 << 4, /* every backend is on this node: the client's address is kept */
 	FRONTEND_DSR = 1 << 5,   /* a backend on another node answers the client itself */
 	FRONTEND_SKIPS = 1 << 6, /* clients in `skips` pass it by (skipRedirectFromBackend) */
+	FRONTEND_HERE =
+		1 << 7, /* of the unspecified address: at this node's addresses, not at other nodes' (host ports) */
 };
 
 struct frontend {
-	__u32 service;  /* number of the service port's owner: for affinity, source ranges and events; from 1 */
+	__u32 service;  /* of a port of an owner, in one IP version: affinity, source ranges, events; from 1 */
 	__u32 set;      /* backends, in `slots` and `maglev` */
 	__u32 count;    /* slots of the set; 0: there is no backend */
 	__u32 affinity; /* seconds */

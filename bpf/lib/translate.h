@@ -212,7 +212,9 @@ static __always_inline void wish_set(struct scratch *s, __u8 scope)
 	w->port = has_service_ports(&s->p) ? s->p.dport : 0;
 	w->protocol = has_service_ports(&s->p) ? s->p.protocol : 0;
 	w->scope = scope;
-	w->node = s->kind == DEST_HOST || (s->kind == DEST_NATIVE && s->dest_node == 1);
+	w->node = s->kind == DEST_HOST                        ? WISH_THIS_NODE :
+		  s->kind == DEST_NATIVE && s->dest_node == 1 ? WISH_OTHER_NODE :
+								WISH_NO_NODE;
 	w->socket = 0;
 	w->pad = 0;
 	w->client = s->p.saddr;

@@ -3,12 +3,13 @@
 import itertools
 from collections.abc import Iterable
 from ipaddress import IPv4Address, ip_address
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 from scapy.packet import Packet
 
 from ciliate.datapath.maps import addr_bytes
+from ciliate.datapath.node import Datapath
 from tests.bpf.packets import tcp, udp
 from tests.bpf.rig import NODE, Rig, pod_address
 
@@ -27,10 +28,16 @@ def addr(address: str | None) -> np.void:
     return np.void(addr_bytes(address))
 
 
+class Node(Protocol):
+    """What services are written to."""
+
+    path: Datapath
+
+
 class Services:
     """Writes frontends, each with a set of its own."""
 
-    def __init__(self, node: Rig) -> None:
+    def __init__(self, node: Node) -> None:
         self.node = node
         self._numbers = itertools.count(1)
         self.backends: dict[tuple[str, int, int], int] = {}

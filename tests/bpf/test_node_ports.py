@@ -8,12 +8,13 @@ import socket
 from collections.abc import Iterator
 
 import pytest
-from scapy.layers.inet import ICMP, IP, IPOption, UDP as UDPHeader
+from scapy.layers.inet import ICMP, IP, IPOption
+from scapy.layers.inet import UDP as UDPHeader
 from scapy.layers.inet6 import HBHOptUnknown, ICMPv6PacketTooBig, IPv6, IPv6ExtHdrDestOpt
 from scapy.layers.l2 import Ether
-from scapy.packet import Packet, Raw
+from scapy.packet import Packet
 
-from tests.bpf.packets import PAYLOAD, fragments, ip, opened, right_checksums, same, tcp, udp, unreachable, vxlan
+from tests.bpf.packets import PAYLOAD, fragments, opened, right_checksums, same, tcp, udp, unreachable, vxlan
 from tests.bpf.policies import EGRESS, INGRESS, dns, not_identity
 from tests.bpf.rig import CIDR, CIDR_IDENTITY, NODE, OTHER_NODE, REMOTE_POD, WORLD, Rig, pod_address, rig
 from tests.bpf.services import DROP, DSR, EXTERNAL, SOURCE_RANGES, TCP, UDP, Services, addr
@@ -46,7 +47,12 @@ def offer(
 ) -> int:
     """Make a service that the world may ask; at a node port unless told otherwise."""
     return services.add(
-        at or ANY[family], port, [(backend, BACKEND)] if backend else [], protocol=NUMBER[kind], flags=flags, scope=EXTERNAL
+        at or ANY[family],
+        port,
+        [(backend, BACKEND)] if backend else [],
+        protocol=NUMBER[kind],
+        flags=flags,
+        scope=EXTERNAL,
     )
 
 
@@ -422,7 +428,9 @@ def test_what_another_node_may_not_pass_on(node: Rig, services: Services, family
 
 @both
 @kinds
-def test_error_of_the_client_reaches_the_backend_elsewhere(node: Rig, services: Services, family: int, kind: str) -> None:
+def test_error_of_the_client_reaches_the_backend_elsewhere(
+    node: Rig, services: Services, family: int, kind: str
+) -> None:
     offer(services, family, kind, REMOTE_POD[family])
     left = forwarded(node, kind, family, NODE[family], NODE_PORT)
     answer = packet(kind, NODE[family], WORLD[family], NODE_PORT, 4000, "SA")
@@ -436,7 +444,9 @@ def test_error_of_the_client_reaches_the_backend_elsewhere(node: Rig, services: 
 
 @both
 @kinds
-def test_error_of_the_backend_elsewhere_reaches_the_client(node: Rig, services: Services, family: int, kind: str) -> None:
+def test_error_of_the_backend_elsewhere_reaches_the_client(
+    node: Rig, services: Services, family: int, kind: str
+) -> None:
     offer(services, family, kind, REMOTE_POD[family])
     left = forwarded(node, kind, family, NODE[family], NODE_PORT)
     asked = packet(kind, NODE[family], REMOTE_POD[family], left, BACKEND)

@@ -30,6 +30,7 @@ HERE = (
     Path(__file__),
     Path(__file__).with_name("test_rows_proxy.py"),
     Path(__file__).with_name("test_services.py"),
+    Path(__file__).with_name("test_node_ports.py"),
     Path(__file__).parents[1] / "datapath/test_host_firewall.py",
 )
 both = pytest.mark.parametrize("family", [4, 6])

@@ -366,3 +366,23 @@ def test_rows_live_as_long_as_their_connection(node: Rig, services: Services, fa
         send(node, 3, tcp(pod_address(3, family), pod_address(2, family), BACKEND, 4000, "FA"))
         node.changed("NONE INGRESS")
         assert lives() == {10}
+
+
+@both
+def test_rows_of_a_removed_pod_go_with_it(node: Rig, services: Services, family: int) -> None:
+    """As client and as backend; others' stay. What has run out is swept."""
+    two_backends(services, family)
+    backends = {asked(node, family, sport) for sport in range(4000, 4020)}
+    assert backends == {3, 4}
+    before = len(services.rows(0)) + len(services.rows(1))
+    assert before == node.path.conntrack.counts()["translations"] == 40
+    node.path.conntrack.purge([pod_address(3, family)])
+    left = services.rows(1)
+    assert 0 < len(left) < 20
+    assert {bytes(row["key_peer"])[-1] for row in left} == {4}
+    node.path.conntrack.purge([pod_address(2, family)])
+    assert services.rows(0) == services.rows(1) == []
+    assert asked(node, family, 4000) is not None
+    node.change_rows("translations", expires=1)
+    node.path.conntrack.sweep()
+    assert node.path.conntrack.counts()["translations"] == 0

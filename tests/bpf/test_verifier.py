@@ -12,7 +12,7 @@ NUMBERS = {
     "nat_port_min": 50000, "nat_port_max": 65535, "underlay_mtu": 1500, "tunnel_mtu": 1450,
     "host_netns": 1, "node_port_min": 30000, "node_port_max": 32767, "maglev_size": 16381,
 }  # fmt: skip
-PACKETS = ("from_host", "from_netdev", "from_overlay", "from_pod", "to_netdev")
+PACKETS = ("from_host", "from_netdev", "from_overlay", "from_pod", "to_netdev", "xdp_netdev")
 SOCKETS = (
     "connect4", "connect6", "getpeername4", "getpeername6", "post_bind4", "post_bind6", "recvmsg4", "recvmsg6",
     "sendmsg4", "sendmsg6", "sock_release",

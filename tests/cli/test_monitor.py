@@ -35,6 +35,40 @@ def test_a_line_has_ends_verdict_and_rule():
     )
 
 
+ASKED = {"name": "default/web", "address": "10.96.0.10", "port": 80}
+SOCKET = EVENT | {
+    "type": "socket",
+    "verdict": "TRANSLATED",
+    "direction": "egress",
+    "tcp_flags": [],
+    "source": EVENT["source"] | {"port": 0},
+    "service": ASKED,
+    "rules": [],
+}
+
+
+def test_a_socket_that_was_given_a_backend_shows_service_and_backend():
+    assert text_line(SOCKET, colour=False).partition(" ")[2] == (
+        "n1 default/client-1 (id 258) 10.1.0.5 -> svc default/web 10.96.0.10:80 -> "
+        "default/api-1 (id 260) [fd00::7]:8080 TCP  TRANSLATED egress"
+    )
+    assert wanted(SOCKET, None, "client-1", False)
+    assert not wanted(SOCKET, Verdict.allowed, None, False)
+
+
+def test_a_service_without_a_backend_is_not_shown_twice():
+    there = EVENT["destination"] | {"address": "10.96.0.10", "port": 80, "pod": "", "identity": 0}
+    event = SOCKET | {"verdict": "DROPPED", "reason": "NO_SERVICE", "destination": there}
+    line = text_line(event, colour=False).partition(" ")[2]
+    assert line.startswith("n1 default/client-1 (id 258) 10.1.0.5 -> svc default/web 10.96.0.10:80 TCP  DROPPED egress")
+    assert line.endswith("NO_SERVICE")
+
+
+def test_a_service_that_nobody_can_name_is_shown_by_its_address():
+    line = text_line(SOCKET | {"service": {"name": "", "address": "fd00::a", "port": 53}}, colour=False)
+    assert " -> svc [fd00::a]:53 -> " in line
+
+
 def test_a_drop_names_who_imposed_default_deny():
     line = text_line(DENIED, colour=False)
     assert line.endswith("DENIED ingress  POLICY_DENIED: default deny by CiliumNetworkPolicy default/api")

@@ -45,6 +45,26 @@ def test_a_flag_wins_over_the_file(tmp_path: Path) -> None:
     assert (config.cluster_name, config.tunnel_port) == ("blue", 2000)
 
 
+def test_sockets_are_given_backends_by_the_cgroup_that_is_found_or_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounted = tmp_path / "mounted"
+    mounted.mkdir()
+    (mounted / "cgroup.procs").touch()
+    monkeypatch.setattr("ciliate.daemon.config.find_mount", lambda: mounted)
+    assert build(VALID).socket_lb == "all"
+    assert build(VALID).socket_cgroup() == mounted
+    assert build(VALID | {"socket_lb": "host"}).socket_cgroup() == mounted
+    for off in ("off", False):
+        assert build(VALID | {"socket_lb": off}).socket_cgroup() is None
+    with pytest.raises(ConfigError, match="no cgroup v2 directory"):
+        build(VALID | {"cgroup_root": str(tmp_path)}).socket_cgroup()
+    monkeypatch.setattr("ciliate.daemon.config.find_mount", lambda: None)
+    assert build(VALID | {"cgroup_root": str(mounted)}).socket_cgroup() == mounted
+    with pytest.raises(ConfigError, match="cgroup-root: no cgroup v2 hierarchy is mounted"):
+        build(VALID).socket_cgroup()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -58,6 +78,7 @@ def test_a_flag_wins_over_the_file(tmp_path: Path) -> None:
         ({"node_ips": "10.0.0.1,10.0.0.2"}, "node-ips: more than one of a family"),
         ({"ipv4": False, "ipv6": False}, "ipv4, ipv6: one of them must be on"),
         ({"ipv4": "maybe"}, "ipv4: 'maybe' is not valid"),
+        ({"socket_lb": "pods"}, "socket-lb: 'pods' is neither all, host nor off"),
         ({"tunnel_port": 0}, "tunnel-port: 0 is not in 1..65535"),
         ({"node_port_range": "30000"}, "node-port-range: '30000' is not valid"),
         ({"node_port_range": "40000-30000"}, "node-port-range: 40000-30000 is no range"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ciliate.datapath.cgroupfs import find_mount
 from tests.lab.conftest import CILIATE, Lab, namespace_object, pod
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
@@ -64,6 +65,31 @@ def test_exit_code_and_output_pass_through_when_a_command_runs_in_a_pod(lab, spa
     lab.apply(pod(space, "a", "n1", server=False))
     done = lab.try_("lab", "exec", "-n", space, "a", "--", "sh", "-c", "cat; echo err >&2; exit 7", stdin="in")
     assert (done.returncode, done.stdout, done.stderr) == (7, "in", "err\n")
+
+
+def test_processes_of_a_node_are_in_its_cgroup_and_those_outside_in_none(lab, space):
+    lab.apply(pod(space, "a", "n1"), pod(space, "b", "n2", server=False))
+    for where, group in (
+        (("node/n1",), "n1"),
+        (("-n", space, "a"), "n1"),
+        ((f"{space}/b",), "n2"),
+    ):
+        said = lab.run("lab", "exec", *where, "--", "cat", "/proc/self/cgroup")
+        assert f"0::/ciliate-lab/{lab.name}/{group}" in said.splitlines()
+    assert "ciliate-lab" not in lab.run("lab", "exec", "outside", "--", "cat", "/proc/self/cgroup")
+    (server,) = lab.json("lab", "get", "pod", "a", "-n", space)["status"]["containerStatuses"]
+    agent = json.loads(Path(f"/run/ciliate-lab/{lab.name}/nodes/n1/agent.json").read_text())
+    for one in (server["pid"], agent["pid"]):
+        assert f"0::/ciliate-lab/{lab.name}/n1" in Path(f"/proc/{one}/cgroup").read_text().splitlines()
+
+
+def test_lab_says_so_when_there_is_no_cgroup_hierarchy(lab):
+    hidden = 'umount -l /sys/fs/cgroup/unified /sys/fs/cgroup 2>/dev/null; exec "$@"'
+    command = ["unshare", "-m", "sh", "-c", hidden, "sh", CILIATE, "lab", "up", "--cluster", f"{lab.name}-c"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode != 0
+    assert "no cgroup v2 hierarchy is mounted here" in done.stderr
+    assert not Path(f"/run/ciliate-lab/{lab.name}-c").exists()
 
 
 def test_a_policy_is_enforced_when_apply_returns_and_gone_when_delete_returns(lab, space):
@@ -209,6 +235,7 @@ def test_another_cluster_runs_beside_with_other_settings_and_leaves_nothing(lab,
     finally:
         other.down()
     assert "was not there" in other.down()
+    assert not list(find_mount().glob(f"ciliate-lab/{other.name}"))
     assert not [path for path in Path("/run/netns").iterdir() if f".{other.name}." in path.name]
     assert f"/{other.name}/" not in Path("/proc/mounts").read_text()
     assert not Path("/run/ciliate-lab", other.name).exists()

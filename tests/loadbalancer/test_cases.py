@@ -44,6 +44,24 @@ def test_leaves_nothing_when_everything_is_deleted(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)
+def test_is_as_if_an_object_had_never_been_when_it_goes_and_comes_again(case: Case) -> None:
+    objects = case.objects()
+    seen = Watched(case.node)
+    for one in objects:
+        seen.add(one)
+    whole = seen.collect().state()
+    for gone in objects:
+        seen.remove(gone)
+        without = Watched(case.node)
+        for one in objects:
+            if one is not gone:
+                without.add(one)
+        assert seen.collect().state() == without.collect().state()
+        seen.add(gone)
+        assert seen.collect().state() == whole
+
+
+@pytest.mark.parametrize("case", ALL, ids=str)
 def test_tells_nothing_when_the_same_objects_come_again(case: Case) -> None:
     seen = Watched(case.node)
     for _ in range(2):

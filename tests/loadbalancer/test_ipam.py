@@ -142,14 +142,14 @@ def test_tells_when_a_pool_is_exhausted_and_goes_on_in_the_next() -> None:
 
 
 def test_first_and_last_address_of_a_cidr_are_left_out_where_the_pool_says_so() -> None:
-    found = pool("p", "192.0.2.0/30", "192.0.2.8-192.0.2.9", "192.0.2.16/31", first_last=False)
-    requests = [ask(name) for name in "abcdefg"]
+    found = pool("p", "192.0.2.0/30", "192.0.2.8-192.0.2.10", "192.0.2.16/31", first_last=False)
+    requests = [ask(name) for name in "abcdefgh"]
     given_ = outcome([found], requests)
     assert list(given_.values()) == [
-        *("192.0.2.1", "192.0.2.2", "192.0.2.8", "192.0.2.9", "192.0.2.16", "192.0.2.17"),
+        *("192.0.2.1", "192.0.2.2", "192.0.2.8", "192.0.2.9", "192.0.2.10", "192.0.2.16", "192.0.2.17"),
         "out_of_ips",
     ]
-    assert counts(status([found], requests)["p"]) == (6, 0, 6)
+    assert counts(status([found], requests)["p"]) == (7, 0, 7)
 
 
 def test_counts_addresses_not_services() -> None:

@@ -96,8 +96,10 @@ def _echo(pod: Path, target: str) -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def transfer(client: Path, server: Path, address: str) -> dict[str, Any]:
-    """Send a megabyte; return the digest and the client's address as the server saw them."""
+def transfer(client: Path, server: Path, address: str, port: int = 8080) -> dict[str, Any]:
+    """Send a megabyte to a server on port 8080, asked for at ``port``; return the digest and the client's address as
+    the server saw them.
+    """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     seen: dict[str, Any] = {}
 
@@ -120,7 +122,7 @@ def transfer(client: Path, server: Path, address: str) -> dict[str, Any]:
             connection.sendall(b"done")
 
     def send() -> None:
-        with socket.create_connection((address, 8080), timeout=60) as connection:
+        with socket.create_connection((address, port), timeout=60) as connection:
             connection.sendall(PAYLOAD)
             connection.shutdown(socket.SHUT_WR)
             seen["answer"] = connection.recv(16).decode()

@@ -2,7 +2,7 @@
 
 import enum
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Final
 
 import typer
@@ -26,6 +26,7 @@ class ServiceOutput(enum.StrEnum):
 
 
 ServiceOutputOption = Annotated[ServiceOutput, typer.Option("--output", "-o", help="How to print it.")]
+LimitOption = Annotated[int, typer.Option("--limit", min=1, help="Rows at most.")]
 _DETAILS: Final = (
     ("type", "type"),
     ("algorithm", "algorithm"),
@@ -36,9 +37,7 @@ _DETAILS: Final = (
 
 
 def place(address: str, port: int) -> str:
-    """Return ``10.96.0.10:80`` or ``[fd00::a]:80``; an unspecified address is any of the node's."""
-    if address in ("0.0.0.0", "::"):
-        address = "node"
+    """Return ``10.96.0.10:80`` or ``[fd00::a]:80``."""
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
@@ -61,7 +60,7 @@ def service_list(
 ) -> None:
     """List services with their addresses, as one node serves them: nodes may differ (traffic policies, redirects).
 
-    Backends are counted as "ready to be given connections / all that still have some".
+    BACKENDS: those that are given connections, of all that there are; the others keep the connections that they have.
 
     Examples:
 
@@ -97,15 +96,16 @@ def _lines(row: Document) -> list[Sequence[Any]]:
 
 def _frontends(row: Document) -> list[tuple[str, str, str, str]]:
     """Return (frontend, backends, notes, type): one entry where clients inside and outside have the same backends."""
-    total = len(row.get("backends") or ())
     found: dict[tuple[str, str], list[tuple[str, str, str]]] = {}
     for one in row.get("frontends") or ():
         if not one.get("port"):
             continue
-        text = f"{place(str(one.get('address')), one.get('port', 0))}/{one.get('protocol')}"
+        address = str(one.get("address"))
+        where = f"node:{one['port']}" if address in ("0.0.0.0", "::") else place(address, one["port"])
+        text = f"{where}/{one.get('protocol')}"  # of both families, if it has both
         serving = one.get("backends") or ()
         notes = f"none here: {one['without_backends']}" if one.get("without_backends") else ""
-        count = f"{len(serving)}/{max(total, len(serving))}"
+        count = f"{len(serving)}/{len(serving) + one.get('draining', 0)}"
         found.setdefault((text, str(one.get("kind"))), []).append((str(one.get("scope")), count, notes))
     lines = []
     for (text, kind), several in found.items():
@@ -193,9 +193,11 @@ def lb_list(
     node: NodeOption = None,
     cluster: ClusterOption = None,
     socket: SocketOption = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Rows at most.")] = 100_000,
+    limit: LimitOption = 100_000,
 ) -> None:
     """List the frontends in the node's BPF maps with their backends, as the programs see them.
+
+    Behind a backend in brackets: how many slots of the set it has.
 
     Examples:
 
@@ -204,4 +206,48 @@ def lb_list(
       ciliate bpf lb list --frontend 10.96.0.10 --node n2
     """
     rows: list[dict[str, Any]] = agent(socket, node, cluster).get(f"bpf/lb?limit={limit}")
-    emit_rows([row for row in rows if frontend in (None, row.get("address"))], output)
+    rows = [row for row in rows if frontend in (None, row.get("address"))]
+    if output is Output.table:
+        rows = [_frontend_row(row) for row in sorted(rows, key=lambda one: str(one.get("name")))]
+    emit_rows(rows, output)
+
+
+def _frontend_row(row: Document) -> dict[str, Any]:
+    backends = [
+        f"{place(str(one.get('address', '?')), one.get('port', 0))} ({one.get('slots')})" for one in row["backends"]
+    ]
+    return {
+        "frontend": f"{place(str(row.get('address')), row.get('port', 0))}/{row.get('protocol')}",
+        "from": "outside" if row.get("scope") == "external" else "cluster",
+        "service": row.get("name") or row.get("service"),
+        "set": row.get("set"),
+        "flags": row.get("flags"),
+        "backends": backends,
+    }
+
+
+_ROWS: Final[Mapping[str, str]] = {
+    "backends": "Backends by number: connections remember the number.",
+    "affinities": "Which backend a client had last, for services with session affinity.",
+    "source-ranges": "Which clients may ask for a service (loadBalancerSourceRanges).",
+    "skips": "Which network namespaces pass a redirect by (skipRedirectFromBackend).",
+    "translations": "Connections whose packets are translated, in both directions.",
+    "sockets": "Which frontend stands behind a backend, for sockets that were given it.",
+}
+
+
+def _rows_command(name: str) -> Callable[..., None]:
+    def show(
+        output: OutputOption = Output.table,
+        node: NodeOption = None,
+        cluster: ClusterOption = None,
+        socket: SocketOption = None,
+        limit: LimitOption = 100_000,
+    ) -> None:
+        emit_rows(agent(socket, node, cluster).get(f"bpf/lb-{name}?limit={limit}"), output)
+
+    return show
+
+
+for _name, _help in _ROWS.items():
+    lb.command(_name, help=_help)(_rows_command(_name))

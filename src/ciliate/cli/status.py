@@ -42,12 +42,12 @@ def _services(services: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "Services", "not served here: kube-proxy does (kube-proxy-replacement: false)"
         return
     outside = f"{services.get('mode', '?')} to other nodes, {services.get('algorithm', '?')}"
-    hooks = [f"sockets: {services.get('socket_lb', '?')}", f"XDP: {services.get('xdp', '?')}"]
+    hooks = [f"{name}: {services[key]}" for name, key in (("sockets", "socket_lb"), ("XDP", "xdp")) if key in services]
     low, high = services.get("node_port_range") or ("?", "?")
     yield "Services", f"instead of kube-proxy; {outside}; {', '.join(hooks)}; node ports {low}-{high}"
     counts = ", ".join(f"{count} {kind}" for kind, count in (services.get("frontends") or {}).items())
     total = f"{services.get('services', '?')} services, {services.get('backends', '?')} backends"
-    yield "", f"{total}; frontends: {counts or 'none'}; last change took {services.get('milliseconds')} ms"
+    yield "Frontends", f"{counts or 'none'}, of {total}; the last change took {services.get('milliseconds')} ms"
 
 
 def _datapath(datapath: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from ipaddress import ip_address
 from typing import Any
 
 import structlog
@@ -14,6 +15,7 @@ from ciliate.cni.conflist import install_conflist, install_plugin
 from ciliate.daemon.config import AgentConfig
 from ciliate.daemon.endpoints import EndpointTable, LocalEndpoint
 from ciliate.daemon.enforcement import Enforcement, Wanted
+from ciliate.daemon.healthcheck import HealthChecks
 from ciliate.daemon.hostguard import HostGuard, reachable
 from ciliate.daemon.ipcache import IpTable, NodeAddresses, PodAddress
 from ciliate.daemon.monitor import Decoder, Hub
@@ -21,9 +23,11 @@ from ciliate.daemon.named_ports import NamedPortTable
 from ciliate.daemon.objects import ClusterObjects, Read
 from ciliate.daemon.policy_status import Key, own_report, status_documents
 from ciliate.daemon.removals import Removals
+from ciliate.daemon.services import Services
+from ciliate.daemon.sockets import learn_cookie, local_node, service_name, tell_sockets
 from ciliate.datapath.endpoints import EndpointId, EndpointRow
 from ciliate.datapath.exemptions import LEASES, api_servers
-from ciliate.datapath.node import Datapath, DatapathConfig
+from ciliate.datapath.node import Datapath, DatapathConfig, netns_cookie
 from ciliate.identity.labels import Labels, pod_labels, reserved_labels
 from ciliate.identity.numbers import ALLOCATED_MIN, IdentityId, Reserved
 from ciliate.ipam.pool import HostIpam
@@ -34,6 +38,7 @@ from ciliate.kvstore.identities import IdentityAllocator
 from ciliate.kvstore.nodes import Nodes
 from ciliate.kvstore.reports import PolicyReports, Report
 from ciliate.kvstore.store import FileStore
+from ciliate.loadbalancer.model import LocalNode
 from ciliate.node.model import Node
 from ciliate.policy.engine import PolicyEngine
 from ciliate.proxy.api import AccessLogEntry
@@ -116,10 +121,11 @@ class Agent:
                 tunnel=config.routing_mode == "tunnel",
                 tunnel_port=config.tunnel_port,
                 masquerade=config.masquerade,
+                cgroup=config.socket_cgroup() if config.kube_proxy_replacement else None,
+                socket_pods=config.socket_lb == "all",
                 node_ports=config.node_port_range,
                 maglev_size=config.maglev_table_size,
-                cgroup=config.socket_cgroup(),
-                socket_pods=config.socket_lb == "all",
+                xdp=config.xdp if config.kube_proxy_replacement else "off",
                 max_entries=config.map_sizes,
                 host_exemptions=(*LEASES, *api_servers(config.api_servers)),
             )
@@ -131,6 +137,13 @@ class Agent:
             self.table,
             config.state_dir,
             self.proxy,
+        )
+        self.services = Services(
+            self._local_node(),
+            self.datapath.services,
+            HealthChecks(),
+            lambda gone: tell_sockets(self.datapath, self.endpoints, gone),
+            enabled=config.kube_proxy_replacement,
         )
         if config.api_servers:
             self.guard = HostGuard(
@@ -148,7 +161,13 @@ class Agent:
             endpoints=self.endpoints,
             table=self.table,
             identities=self.engine.identities,
+            service=lambda number: service_name(self.datapath.services, number),
+            own_netns=netns_cookie(),
         )
+
+    def _local_node(self) -> LocalNode:
+        addresses = {address for one in self.table.nodes.values() for address in one.addresses}
+        return local_node(self.config, self.node.labels, addresses)
 
     async def restore(self) -> None:
         """Take over the endpoints of a former agent: those whose interface is still there. Errors: OSError."""
@@ -159,6 +178,8 @@ class Agent:
                 log.info("endpoint-gone", endpoint=one.id, pod=one.pod)
                 await self.release(one)
                 continue
+            if not one.netns_cookie:
+                await asyncio.to_thread(learn_cookie, one)
             self.enforcement.learn_identity(one.identity_id, one.label_set)
             self._learn_addresses(one)
             for address in one.addresses:
@@ -174,6 +195,8 @@ class Agent:
         async with asyncio.TaskGroup() as group:
             group.create_task(self.removals.run())
             group.create_task(self.enforcement.run())
+            group.create_task(self.services.run())
+            group.create_task(self.services.health.run())
             group.create_task(self._follow_manifests())
             group.create_task(self._follow_identities())
             group.create_task(self._follow_addresses())
@@ -194,7 +217,9 @@ class Agent:
         if self.waiting:
             return
         self.enforcement.begin()
+        self.services.begin()
         await self.enforcement.enforced(self.enforcement.request())
+        await self.services.programmed(self.services.request())
         self.ready = True
         gc.freeze()  # most of what is there now stays: walking it again and again takes tens of milliseconds
         self._housekeeping.set()
@@ -223,6 +248,7 @@ class Agent:
             v4=v4,  # type: ignore[arg-type]
             v6=v6,  # type: ignore[arg-type]
             mtu=self.datapath.pod_mtu,
+            netns_cookie=one.netns_cookie,
         )
 
     def _host(self) -> str:
@@ -231,6 +257,8 @@ class Agent:
     def _learn_addresses(self, one: LocalEndpoint) -> None:
         for address in one.addresses:
             self.table.set_pod(address, PodAddress(identity=one.identity_id, host=self._host(), pod=one.pod))
+            self.datapath.netns_cookies[ip_address(address)] = one.netns_cookie
+        self.services.learn_pod(self.cluster, self.endpoints, one.namespace, one.name)
 
     def labels_of(self, namespace: str, name: str) -> tuple[Labels, frozenset[tuple[str, int, int]]] | None:
         """Return (security labels, named ports) of a pod, None: the manifests do not name it."""
@@ -301,8 +329,10 @@ class Agent:
         for address in one.addresses:
             self.table.set_pod(address, None)
             self.ports.remove(address)
+            self.datapath.netns_cookies.pop(ip_address(address), None)
         self.ipam.release(one.owner)
         self.endpoints.remove(one)
+        self.services.learn_pod(self.cluster, self.endpoints, one.namespace, one.name)
         self._forget_orphans()
         self.enforcement.request()
         self._housekeeping.set()
@@ -328,6 +358,7 @@ class Agent:
                 self.cluster.learn(one)
             self.cluster.settle(found.objects.keys(), unreadable=bool(found.problems))
             await self._label_node()
+            self.services.learn(self.cluster, self.endpoints, {*found.changed, *found.removed})
             self._want()
             await self._identify_all({*found.changed, *found.removed})
             return self.enforcement.request()
@@ -342,6 +373,7 @@ class Agent:
         labels = dict(own.labels) if own is not None else {}
         if labels != self.node.labels:
             self.node = replace(self.node, labels=labels)
+            self.services.set_node(self._local_node())
             await asyncio.to_thread(self.nodes.publish, self.node)
 
     def _want(self) -> None:
@@ -374,9 +406,10 @@ class Agent:
         await asyncio.to_thread(self._publish, one)
 
     async def sync(self) -> dict[str, Any]:
-        """Read the manifests and answer when this node enforces them."""
+        """Read the manifests and answer when this node enforces and serves them."""
         began = time.perf_counter()
         outcome = await self.enforcement.enforced(await self.scan())
+        await self.services.programmed()
         await self._tell()
         return {
             "revision": outcome.revision,
@@ -392,7 +425,14 @@ class Agent:
         last = self.enforcement.last
         guard = [self.guard.alarm] if self.guard is not None and self.guard.alarm else []
         refused = [f"{kind} {namespace}/{name}: {text}" for (kind, namespace, name), text in last.refused.items()]
-        return [*files, *map(str, self.cluster.rejected.values()), *last.problems, *refused, *guard]
+        return [
+            *files,
+            *map(str, self.cluster.rejected.values()),
+            *last.problems,
+            *refused,
+            *guard,
+            *self.services.problems(),
+        ]
 
     def policies(self) -> list[dict[str, Any]]:
         """Return each policy's status in the cluster."""
@@ -487,6 +527,7 @@ class Agent:
                 else:
                     self.remote[name] = node
             await asyncio.to_thread(self._learn_nodes, self.remote | {self.config.node_name: self.node})
+            self.services.set_node(self._local_node())
             self._want()
             self.enforcement.request()
             await self._reported("nodes")
@@ -542,6 +583,7 @@ class Agent:
                     await self._housekeeping.wait()
             except TimeoutError:
                 await asyncio.to_thread(self.datapath.conntrack.sweep)
+                await asyncio.to_thread(self.datapath.service_connections.sweep)
             self._housekeeping.clear()
             await asyncio.to_thread(self.datapath.housekeeping)
 

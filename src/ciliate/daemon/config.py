@@ -49,6 +49,7 @@ class AgentConfig:
     api_servers: tuple[tuple[IPv4Address | IPv6Address, int], ...] = ()
     socket_lb: Literal["all", "host", "off"] = "all"
     cgroup_root: Path | None = None
+    xdp: Literal["off", "auto", "native", "generic"] = "off"
     cni_conf_dir: Path | None = None
     cni_bin_dir: Path | None = None
     cni_plugin: Path | None = None
@@ -121,6 +122,8 @@ _HELP: Final[Mapping[str, str]] = {
     "their packets are translated), or off (the node's own processes reach no service) (default: all)",
     "cgroup_root": "cgroup v2 directory that all processes of the node and its pods are below "
     "(default: where the hierarchy is mounted)",
+    "xdp": "where known connections from outside are sent on to backends of other nodes, with routing-mode native: off (in "
+    "tc), native (in the driver), generic, or auto (native where the driver can) (default: off)",
     "cni_conf_dir": "install the CNI configuration here once the agent is ready",
     "cni_bin_dir": "install the CNI plugin here, from --cni-plugin",
     "cni_plugin": "the plugin's executable, ciliate-cni",
@@ -197,7 +200,7 @@ def _read(name: str, value: Any) -> Any:
                 if isinstance(value, Mapping):
                     return {str(key): int(size) for key, size in value.items()}
                 return {key: int(size) for key, _, size in (one.partition("=") for one in _listed(value))}
-            case "socket_lb":
+            case "socket_lb" | "xdp":
                 return {True: "all", False: "off"}.get(value, str(value))  # YAML 1.1 reads `off` as false
             case "node_name" | "device" | "cluster_name" | "routing_mode":
                 return str(value)
@@ -226,6 +229,8 @@ def _check(config: AgentConfig) -> None:
         raise ConfigError(f"routing-mode: {config.routing_mode!r} is neither tunnel nor native")
     if config.socket_lb not in ("all", "host", "off"):
         raise ConfigError(f"socket-lb: {config.socket_lb!r} is neither all, host nor off")
+    if config.xdp not in ("off", "auto", "native", "generic"):
+        raise ConfigError(f"xdp: {config.xdp!r} is neither off, auto, native nor generic")
     if not 0 <= config.cluster_id <= 255:
         raise ConfigError(f"cluster-id: {config.cluster_id} is not in 0..255")
     if not _CLUSTER.fullmatch(config.cluster_name):

@@ -4,6 +4,7 @@ from typing import Any
 
 from ciliate.daemon.agent import Agent
 from ciliate.daemon.endpoints import LocalEndpoint
+from ciliate.daemon.service_documents import services_status
 from ciliate.datapath.endpoints import EndpointId
 
 
@@ -67,6 +68,7 @@ def status(agent: Agent) -> dict[str, Any]:
         "policies": len(agent.cluster.policies),
         "nodes": len(agent.remote.keys() | {agent.config.node_name}),
         "ipam": agent.ipam.usage(),
+        "services": services_status(agent),
         "enforcement": {"revision": last.revision, "epoch": last.epoch, "milliseconds": round(last.took * 1000, 3)},
         "problems": agent.problems(),
         "datapath": agent.datapath.status(),

@@ -13,6 +13,7 @@ from ciliate.daemon.agent import Agent
 from ciliate.daemon.api import Unknown, application
 from ciliate.daemon.config import AgentConfig, ConfigError, arguments
 from ciliate.daemon.policy_api import policy_routes
+from ciliate.daemon.service_documents import service_routes
 from ciliate.daemon.tables import TABLES, table_rows
 from ciliate.daemon.wiring import AgentWiring
 from ciliate.unixserver import listen, serve
@@ -100,5 +101,5 @@ def _application(agent: Agent):  # type: ignore[no-untyped-def]
         hub=agent.hub,
         sync=agent.sync,
         cni=wiring.call,
-        more=policy_routes(agent),
+        more=[*policy_routes(agent), *service_routes(agent)],
     )

@@ -1,10 +1,15 @@
 """What the agent's API shows of services: each object that has frontends on this node, with who serves them."""
 
+import asyncio
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from ciliate.daemon.api import Unknown
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from ciliate.daemon.api import Unknown, json_response
 from ciliate.daemon.monitor import PROTOCOLS
 from ciliate.loadbalancer.model import Backend, Frontend, FrontendKind, Owner, Scope, Service, ServiceType
 
@@ -107,6 +112,7 @@ def frontend_document(one: Frontend) -> dict[str, Any]:
         "kind": str(one.kind),
         "port_name": one.port_name,
         "backends": [_text(backend) for backend in serving],
+        "draining": len(one.backends) - len(serving),
         "without_backends": "" if serving else "drop" if one.drop else "reject",
         "local": one.local,
     }
@@ -149,21 +155,37 @@ def services_status(agent: "Agent") -> dict[str, Any]:
     config, worker = agent.config, agent.services
     frontends: Iterable[tuple[Frontend, ...]] = list(worker.frontends.values())
     kinds = dict.fromkeys(FrontendKind, 0)
-    backends: set[Backend] = set()
     for several in frontends:
         for one in several:
             kinds[one.kind] += 1
-            backends.update(one.backends)
     return {
         "kube_proxy_replacement": config.kube_proxy_replacement,
+        "socket_lb": config.socket_lb if config.kube_proxy_replacement else "off",
+        "xdp": agent.datapath.xdp,
         "mode": str(config.lb_mode),
         "algorithm": str(config.lb_algorithm),
         "maglev_table_size": config.maglev_table_size,
         "node_port_range": list(config.node_port_range),
         "services": len(agent.cluster.services),
         "frontends": {str(kind): count for kind, count in kinds.items() if count},
-        "backends": len({_place(one) for one in backends}),
+        "backends": agent.datapath.services.usage()["backends"][0],
         "milliseconds": round(worker.last.took * 1000, 3),
         "health_check_ports": sorted(worker.health.ports),
         "events": dict(worker.events),
     }
+
+
+def service_routes(agent: "Agent") -> list[Route]:
+    """Return GET services, and services/NAME or services/NAMESPACE/NAME."""
+
+    async def get_services(_: Request) -> Response:
+        return json_response(await asyncio.to_thread(ServicesView.of(agent).documents))
+
+    async def get_service(request: Request) -> Response:
+        view, name = ServicesView.of(agent), request.path_params["name"]
+        try:
+            return json_response(await asyncio.to_thread(view.named, name))
+        except Unknown as error:
+            return json_response({"error": str(error)}, 404)
+
+    return [Route("/v1/services", get_services), Route("/v1/services/{name:path}", get_service)]

@@ -1,11 +1,14 @@
 """Rows of the datapath's maps for display, with numbers resolved to names."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import islice
 from typing import Any, Final
 
 from ciliate.daemon.agent import Agent
 from ciliate.daemon.monitor import PROTOCOLS, rule_text
+from ciliate.daemon.sockets import service_name
+from ciliate.datapath import services_view
 from ciliate.datapath.policy_tables import list_policies, list_rows
 
 Rows = list[dict[str, Any]]
@@ -80,6 +83,28 @@ def _classes(agent: Agent, limit: int) -> Rows:
     ]
 
 
+def _services(kind: str) -> Callable[[Agent, int], Rows]:
+    """Return what reads one kind of rows of the maps of services."""
+
+    def read(agent: Agent, limit: int) -> Rows:
+        datapath = agent.datapath
+        tables = {name: datapath.map(name) for name in services_view.TABLES}
+        named = partial(service_name, datapath.services)
+        return [_protocols(row) for row in services_view.documents(tables, datapath.btf, limit=limit, name=named)[kind]]
+
+    return read
+
+
+def _protocols(row: dict[str, Any]) -> dict[str, Any]:
+    """Name the protocols of a row and of the backends in it; 0 is any."""
+    found = dict(row)
+    if "protocol" in row:
+        found["protocol"] = PROTOCOLS.get(row["protocol"], row["protocol"] or "any")
+    if "backends" in row:
+        found["backends"] = [_protocols(one) for one in row["backends"]]
+    return found
+
+
 _READERS: Final[Mapping[str, Callable[[Agent, int], Rows]]] = {
     "ct": _connections,
     "nat": _nat,
@@ -90,6 +115,13 @@ _READERS: Final[Mapping[str, Callable[[Agent, int], Rows]]] = {
     "maps": _maps,
     "policy": _policies,
     "classes": _classes,
+    "lb": _services("frontends"),
+    "lb-backends": _services("backends"),
+    "lb-affinities": _services("affinities"),
+    "lb-source-ranges": _services("source_ranges"),
+    "lb-skips": _services("skips"),
+    "lb-translations": _services("translations"),
+    "lb-sockets": _services("socket_peers"),
 }
 TABLES: Final = tuple(_READERS)
 

@@ -9,9 +9,9 @@ from ciliate.cni.plugin import Plugin
 from ciliate.cni.protocol import Attachment, AttachRequest, Reply, Route, WiringError
 from ciliate.daemon.api import CniCall
 from ciliate.daemon.endpoints import LAST_ID, LocalEndpoint
+from ciliate.daemon.sockets import learn_cookie
 from ciliate.datapath.devices import DeviceError, pod_device_name
 from ciliate.datapath.netlink import Netlink, NetlinkError, in_netns
-from ciliate.datapath.node import netns_cookie
 from ciliate.ipam.pool import IpamError
 from ciliate.kvstore.identities import AllocationError
 
@@ -91,7 +91,7 @@ class AgentWiring:
             one.device, Path(one.netns), addresses=one.ips(), interface=one.interface
         )
         one.ifindex, one.mac, one.gw_mac = pod.ifindex, pod.mac.hex(), pod.gw_mac.hex()
-        one.netns_cookie = await asyncio.to_thread(in_netns, Path(one.netns), netns_cookie)
+        await asyncio.to_thread(learn_cookie, one)
         await agent.identify(one)
         await agent.expose(one)
 

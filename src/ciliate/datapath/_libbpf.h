@@ -280,7 +280,7 @@ struct cil_link_info {
 	uint32_t type, id, prog_id, ifindex, attach_type;
 };
 
-/* The part of struct bpf_link_info that TCX and netkit links have (kernel UAPI since 6.6). */
+/* The part of struct bpf_link_info that TCX and netkit links have (kernel UAPI since 6.6); of XDP links (since 5.9) the ifindex. */
 struct cil_kernel_link_info {
 	uint32_t type, id, prog_id, pad;
 	uint32_t ifindex, attach_type;
@@ -300,6 +300,14 @@ static int cil_link_info(int fd, struct cil_link_info *out)
 static int cil_link_create(int prog, int ifindex, int attach_type)
 {
 	return bpf_link_create(prog, ifindex, (enum bpf_attach_type)attach_type, NULL);
+}
+
+/* `flags`: XDP_FLAGS_DRV_MODE, XDP_FLAGS_SKB_MODE of <linux/if_link.h>. */
+static int cil_xdp_create(int prog, int ifindex, uint32_t flags)
+{
+	LIBBPF_OPTS(bpf_link_create_opts, opts, .flags = flags);
+
+	return bpf_link_create(prog, ifindex, BPF_XDP, &opts);
 }
 
 static int cil_link_update(int link, int prog)

@@ -88,6 +88,7 @@ struct cil_link_info {
 };
 int cil_link_info(int fd, struct cil_link_info *out);
 int cil_link_create(int prog, int ifindex, int attach_type);
+int cil_xdp_create(int prog, int ifindex, uint32_t flags);
 int cil_link_update(int link, int prog);
 int cil_tc_attach(int ifindex, int ingress, int prog, uint32_t handle, uint32_t priority);
 int cil_tc_detach(int ifindex, int ingress, uint32_t handle, uint32_t priority);

@@ -14,6 +14,7 @@ from typing import Final
 
 from ciliate.datapath._libbpf import ffi, lib
 from ciliate.datapath.links import TC_HANDLE, TC_PRIORITY, Hook
+from ciliate.datapath.sockets import can_destroy
 
 _NO_SUCH_IFINDEX: Final = 0x7FFFFFFE
 _NETKIT_PRIMARY: Final = 54
@@ -77,6 +78,7 @@ def probe() -> Features:
         _feature("lpm", lib.libbpf_probe_bpf_map_type(_MAP_LPM, ffi.NULL) == 1, "", "ipcache and policy rows"),
         _feature("batch_hash", _batch(_MAP_HASH, 4), "one call a row", "fast writing and reading of maps"),
         _feature("batch_lpm", _batch(_MAP_LPM, 8), "one call a row", "fast writing and reading of the ipcache"),
+        _feature("sock_destroy", can_destroy(), "they notice by themselves", "UDP clients told of a removed backend"),
         _feature("btf", Path("/sys/kernel/btf/vmlinux").exists(), "UAPI structs only", "the kernel's own types"),
     )
     return Features(kernel=os.uname().release, by_name={f.name: f for f in found})

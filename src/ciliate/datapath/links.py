@@ -1,4 +1,4 @@
-"""Attaches tc programs to devices so that they outlive the agent, and swaps them in one atomic step.
+"""Attaches tc and XDP programs to devices so that they outlive the agent, and swaps them in one atomic step.
 
 TCX links (Linux 6.6 and later) are pinned below ``root`` by name; elsewhere, or when forced, a clsact filter with a
 fixed handle and priority is used, which the device itself keeps. At no time has a device that had a program none.
@@ -25,6 +25,15 @@ class Hook(IntEnum):
 
     INGRESS = 46
     EGRESS = 47
+
+
+class XdpMode(IntEnum):
+    """Where a device runs an XDP program; the values are XDP_FLAGS_* of <linux/if_link.h>."""
+
+    GENERIC = 1 << 1
+    """After the kernel has made a packet of the frame: any device, no faster than tc."""
+    NATIVE = 1 << 2
+    """In the driver."""
 
 
 class Change(Enum):
@@ -89,6 +98,43 @@ class Links:
         finally:
             os.close(fd)
         return Change.CREATED
+
+    def attach_xdp(self, name: str, program: Program, ifindex: int, mode: XdpMode) -> Change:
+        """Make ``program`` the device's XDP program; replaces an earlier one of this name, atomically where the mode is
+        the same. Error: LinkError, also where the driver has no such mode.
+        """
+        with self._lock:
+            self.root.mkdir(parents=True, exist_ok=True)
+            path = self.root / f"{name}_{mode.name.lower()}"
+            for other in self.root.glob(f"{name}_*"):
+                if other != path:  # a device has one mode at a time
+                    other.unlink()
+            fd = lib.bpf_obj_get(bytes(path))
+            if fd >= 0:
+                try:
+                    if _link_info(name, fd).ifindex == ifindex:
+                        self._check(lib.cil_link_update(fd, program.fd), name, "replace the program")
+                        return Change.REPLACED
+                finally:
+                    os.close(fd)
+                path.unlink()
+            elif fd != -errno.ENOENT:
+                self._check(fd, name, "open the pin")
+            what = f"attach to ifindex {ifindex} ({mode.name.lower()} XDP)"
+            fd = self._check(lib.cil_xdp_create(program.fd, ifindex, mode), name, what)
+            try:
+                self._check(lib.bpf_obj_pin(fd, bytes(path)), name, "pin")
+            finally:
+                os.close(fd)
+            return Change.CREATED
+
+    def detach_xdp(self, name: str) -> bool:
+        """Take an XDP program off; returns whether there was one."""
+        with self._lock:
+            found = list(self.root.glob(f"{name}_*"))
+            for path in found:
+                path.unlink()
+            return bool(found)
 
     def _attach_clsact(self, name: str, program: Program, ifindex: int, hook: Hook) -> Change:
         lib.cil_log_start()

@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from ciliate.datapath.events import EventReader
 from ciliate.datapath.exemptions import LEASES, Exemption, Exemptions
 from ciliate.datapath.features import Features, probe
 from ciliate.datapath.ipcache import Ipcache
-from ciliate.datapath.links import Hook, Links
+from ciliate.datapath.links import Hook, LinkError, Links, XdpMode
 from ciliate.datapath.listeners import Listeners
 from ciliate.datapath.maps import Map, joined
 from ciliate.datapath.netlink import LinkState, Netlink, Network
@@ -43,6 +43,7 @@ from ciliate.loadbalancer.maglev import maglev_table
 SCHEMA: Final = "v1"
 """The layouts' version, SCHEMA_VERSION in bpf/lib/maps.h; part of the pins' path."""
 DEFAULT_NAT_PORTS: Final = (50000, 65535)
+_XDP: Final = "xdp"
 _SO_NETNS_COOKIE: Final = 71
 """include/uapi/asm-generic/socket.h."""
 _NOT_COPIED: Final = frozenset({"events", "events_lost", "counters"})
@@ -75,6 +76,10 @@ class DatapathConfig:
     """Those of pods too; else their packets are."""
     node_ports: tuple[int, int] = (30000, 32767)
     maglev_size: int = 16381
+    xdp: Literal["off", "auto", "native", "generic"] = "off"
+    """Where known connections from outside to other nodes' backends are turned round early; auto: native where the
+    driver can.
+    """
     force_clsact: bool = False
     max_entries: Mapping[str, int] = field(default_factory=dict)
     """Sizes of maps that shall differ from the object's."""
@@ -98,6 +103,8 @@ class Datapath:
         """Use ``open``."""
         self.config = config
         self.features = features
+        self.xdp = "off"
+        """How the XDP program runs: native, generic or off, with the reason where that was not asked for."""
         self.links = links
         self.sockets = CgroupLinks(links.root.with_name("cgroup"))
         self._object: BpfObject
@@ -142,8 +149,7 @@ class Datapath:
         self._object.drop_replaced()
         self.endpoints.set_node_addresses(self._node_addresses())
         devices.ensure_proxy_rules()
-        if config.masquerade:
-            devices.ensure_reserved_ports(*config.nat_ports)
+        devices.ensure_reserved_ports(*config.nat_ports)  # services take them without masquerading, too
 
     # ---- starting ---------------------------------------------------------------------------------------------
 
@@ -241,14 +247,32 @@ class Datapath:
             self.links.detach("overlay")
         self.links.attach("netdev", programs["from_netdev"], found.native.ifindex, Hook.INGRESS)
         self.links.attach("netdev_out", programs["to_netdev"], found.native.ifindex, Hook.EGRESS)
+        self._attach_xdp()
         keep = {"host", "overlay", "netdev", "netdev_out", *(_pin(name) for name in pods)}
         for link in list(self.links.pinned()):
-            if link.name not in keep:
+            if link.name not in keep and not link.name.startswith(_XDP):
                 self.links.detach(link.name)
         if self.config.cgroup is None:
             self.sockets.detach()
         else:
             self.sockets.attach(self.config.cgroup, programs)
+
+    def _attach_xdp(self) -> None:
+        """Attach the XDP program, or take it off. ``auto`` does without where the driver cannot; else: LinkError."""
+        wanted, ifindex = self.config.xdp, self._devices.native.ifindex
+        if wanted == "off":
+            self.links.detach_xdp(_XDP)
+            self.xdp = "off"
+            return
+        mode = XdpMode.GENERIC if wanted == "generic" else XdpMode.NATIVE
+        try:
+            self.links.attach_xdp(_XDP, self._object.programs["xdp_netdev"], ifindex, mode)
+        except LinkError as error:
+            if wanted != "auto":
+                raise
+            self.xdp = f"off: {error.strerror}"
+        else:
+            self.xdp = mode.name.lower()
 
     def _node_addresses(self) -> list[IPv4Address | IPv6Address]:
         configured = [a for a in (self.config.node_v4, self.config.node_v6) if a is not None]
@@ -394,6 +418,7 @@ class Datapath:
         return {
             "kernel": self.features.kernel,
             "attach": "tcx" if self.links.tcx else "clsact",
+            "xdp": self.xdp,
             "cgroup": str(self.config.cgroup or ""),
             "features": {
                 f.name: {"available": f.available, "fallback": "" if f.available else f.fallback, "purpose": f.purpose}
@@ -418,6 +443,7 @@ class Datapath:
         for name in devices.pod_devices():
             self.links.detach(_pin(name))
             devices.unwire_pod(name)
+        self.links.detach_xdp(_XDP)
         self.links.detach("netdev", self._devices.native.ifindex, Hook.INGRESS)
         self.links.detach("netdev_out", self._devices.native.ifindex, Hook.EGRESS)
         self.close()

@@ -58,11 +58,14 @@ class Owned:
 
 @dataclass(slots=True, eq=False)
 class Part:
-    """What becomes of one owner. ``before``: (key, set) of the rows that it has and shall not."""
+    """What becomes of one owner. ``start``: where its frontends are in the batch; labels and sets are in their order.
+    ``claimed``: numbers that it took.
+    """
 
     owner: Owner
     frontends: tuple[Frontend, ...]
     start: int
+    labels: list[Label] = field(default_factory=list)
     sets: list[BackendSet | None] = field(default_factory=list)
     numbers: dict[Label, int] = field(default_factory=dict)
     claimed: list[int] = field(default_factory=list)
@@ -82,6 +85,7 @@ class Batch:
         self.single: Mask = np.fromiter((last[key] == at for at, key in enumerate(self.raw)), np.bool_, len(self.raw))
         """Of several owners that want one address, which nobody should ask for, the last one has it."""
         self.services: list[int] = self.have["service"].tolist()
+        """0: there is no such row."""
         self.accepted: Mask = np.zeros(len(self.frontends), np.bool_)
         self.values = np.zeros(len(self.frontends), table.value_dtype)
 

@@ -409,7 +409,9 @@ class BackendSets:
         tables = [one.number for one in sets if one.maglev]
         freed = self.slots.delete_many(joined(self.slots.key_dtype, [keys, self._leftovers[0]]))
         self.slot_rows -= freed
-        chunks = self.maglev.delete_many(joined(self.maglev.key_dtype, [self._maglev_keys(tables), self._leftovers[1]]))
+        odd = [self._odd.pop(one.number) for one in sets if one.number in self._odd]
+        whole = joined(self.maglev.key_dtype, [self._maglev_keys(tables), self._leftovers[1], *odd])
+        chunks = self.maglev.delete_many(whole)
         self.maglev_rows -= chunks
         self._leftovers = (self._leftovers[0][:0], self._leftovers[1][:0])
         for one in sets:

@@ -26,6 +26,7 @@ from ciliate.datapath.service_clients import (
     frontend_place,
     places_of,
 )
+from ciliate.datapath.service_connections import greatest
 from ciliate.datapath.service_plan import (
     Applied,
     Batch,
@@ -49,6 +50,7 @@ from ciliate.loadbalancer.model import (
     Changes,
     Forwarding,
     Frontend,
+    FrontendKind,
     Owner,
 )
 
@@ -101,10 +103,10 @@ class Services:
         self._frontend_rows = len(keys)
         self._ranges.take_over()
         self._skips.take_over()
-        self._backends.take_over(self._greatest("backend"))
+        self._backends.take_over(greatest(self._tables, "backend"))
         sets, users = np.unique(values["set"], return_counts=True)
         self._sets.take_over(sets.tolist())
-        services = (int(values["service"].max(initial=0)), *self._ranges.of, self._greatest("service"))
+        services = (int(values["service"].max(initial=0)), *self._ranges.of, greatest(self._tables, "service"))
         self._ring = Ring((1 << 32) - 1)
         self._ring.above((*services, *self._labels))
         self._dead_sets: dict[int, BackendSet] = {}
@@ -121,15 +123,6 @@ class Services:
                 self._dead_sets[one.number] = one
         self._backends.hold_found()
         self._stale, self._unpruned = False, True
-
-    def _greatest(self, column: str) -> int:
-        """Return the greatest number in rows of connections and clients: it must not be given out again soon."""
-        greatest = 0
-        for name in ("affinities", "translations", "socket_peers"):
-            for keys, values in self._tables[name].chunks():
-                rows = keys if column in (keys.dtype.names or ()) else values
-                greatest = max(greatest, int(rows[column].max(initial=0)))
-        return greatest
 
     # ---- apply -----------------------------------------------------------------------------------------------------
 
@@ -265,7 +258,7 @@ class Services:
         end = part.start + len(part.frontends)
         shortage = budget.take(
             {
-                "frontends": int(len(part.frontends) - batch.found[part.start : end].sum()),
+                "frontends": batch.services[part.start : end].count(0),
                 "backends": len(self._backends.fresh),
                 "slots": sum(slots for slots, _ in rows),
                 "maglev": sum(chunks for _, chunks in rows),
@@ -282,8 +275,8 @@ class Services:
 
     def _number(self, part: Part, batch: Batch) -> None:
         """Give each of an owner's ports its service number: the one in its rows, also in those of a former agent."""
-        for index, one in enumerate(part.frontends, part.start):
-            label = label_of(one)
+        part.labels = [label_of(one) for one in part.frontends]
+        for index, label in enumerate(part.labels, part.start):
             number = batch.services[index]
             if number and label not in part.numbers:
                 known = self._labels.get(number)
@@ -292,17 +285,16 @@ class Services:
                     part.claimed.append(number)
                 if known is None or known == label:
                     part.numbers[label] = number
-        for one in part.frontends:
-            label = label_of(one)
+        for label in part.labels:
             if label not in part.numbers:
                 number = part.numbers[label] = self._ring.take(self._labels)
                 self._labels[number] = label
                 part.claimed.append(number)
 
     def _note_clients(self, part: Part) -> None:
-        for one in part.frontends:
+        for one, label in zip(part.frontends, part.labels, strict=True):
             if one.source_ranges:
-                number = part.numbers[label_of(one)]
+                number = part.numbers[label]
                 part.ranges[number] = part.ranges.get(number, NOBODY) | allowed(one)
             if one.skips:
                 where = frontend_place(one)
@@ -322,13 +314,13 @@ class Services:
         rows = []
         for part in parts:
             batch.accepted[part.start : part.start + len(part.frontends)] = True
-            for one, chosen in zip(part.frontends, part.sets, strict=True):
+            for one, label, chosen in zip(part.frontends, part.labels, part.sets, strict=True):
                 number = chosen.number if chosen is not None else _NO_SET
                 maglev = chosen is not None and chosen.maglev
                 skips = bool(one.skips) and bool(part.skips[frontend_place(one)])
                 rows.append(
                     (
-                        part.numbers[label_of(one)],
+                        part.numbers[label],
                         number,
                         counts.get(number, 0),
                         one.affinity,
@@ -350,6 +342,7 @@ class Services:
             | (flags["FRONTEND_LOCAL"] if one.local else 0)
             | (flags["FRONTEND_DSR"] if one.forwarding is Forwarding.DSR else 0)
             | (flags["FRONTEND_SKIPS"] if skips else 0)
+            | (flags["FRONTEND_HERE"] if one.kind is FrontendKind.HOST_PORT else 0)
         )
 
     def _over(self, batch: Batch, parts: Sequence[Part]) -> Over:
@@ -429,6 +422,7 @@ class Services:
         self._frontend_rows -= int(gone.sum())
         self._count({number: -count for number, count in Counter(values["set"][gone].tolist()).items()}, tally)
         live = set(values["service"][~gone].tolist())
+        self._labels = {number: label for number, label in self._labels.items() if number in live}
         tally.deleted += self._ranges.limit({number: NOBODY for number in self._ranges.of if number not in live})
         places = set(places_of(np.frombuffer(b"".join(keep), self._frontends.key_dtype)))
         tally.deleted += self._skips.limit({where: NOBODY for where in self._skips.of if where not in places})

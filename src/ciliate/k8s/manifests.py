@@ -82,7 +82,9 @@ class Manifests:
         return ScanResult(
             objects=objects,
             problems=problems,
-            changed=frozenset(key for key, raw in objects.items() if before.get(key) != raw),
+            changed=frozenset(
+                key for key, raw in objects.items() if (old := before.get(key)) is not raw and old != raw
+            ),
             removed=frozenset(before.keys() - objects.keys()),
         )
 

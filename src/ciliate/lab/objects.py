@@ -337,7 +337,10 @@ def plan(
     _check_namespaces(target, wanted)
     hostports.check(target)
     _schedule(target, nodes)
-    target |= balancers.assigned(target, now)
+    try:
+        target |= balancers.assigned(target, families, now)
+    except ObjectError as error:
+        raise LabError(str(error)) from error
     write = frozenset(key for key, raw in target.items() if present.get(key) != raw)
     remove = frozenset(present.keys() - target.keys())
     pods = sorted(key for key in write if key.kind == "Pod")
