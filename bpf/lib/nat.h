@@ -189,13 +189,17 @@ static __noinline int nat_out(struct __sk_buff *skb, struct scratch *s)
 	owner.expires = mapped.expires = s->now + ct_life(p->protocol, s->flags);
 	known = bpf_map_lookup_elem(&nat, &out);
 	if (known && known->expires >= s->now) {
-		in.inner_port = known->port;
-		if (nat_claim(s, &in, &owner)) { /* its other half stands, or is made anew */
-			struct nat_entry *half = bpf_map_lookup_elem(&nat, &in);
+		struct nat_entry *half;
 
+		in.inner_port = known->port;
+		half = bpf_map_lookup_elem(&nat, &in);
+		if (half && half->expires >= s->now && half->port == owner.port &&
+		    addr_equal(&half->addr, &owner.addr)) {
+			known->expires = half->expires = owner.expires;
+			goto rewrite;
+		}
+		if (nat_claim(s, &in, &owner)) { /* made anew */
 			known->expires = owner.expires;
-			if (half)
-				half->expires = owner.expires;
 			goto rewrite;
 		}
 	}

@@ -87,6 +87,35 @@ static __always_inline __u32 forwarding_of(struct __sk_buff *skb, struct scratch
 	return flag;
 }
 
+/* To a backend, whose next hop the client's row remembers: to ask the routing tables is a quarter of what a packet costs. */
+static __noinline int leave_to_backend(struct __sk_buff *skb, struct scratch *s)
+{
+	struct bpf_redir_neigh to = { .nh_family = AF_INET };
+	struct bpf_fib_lookup fib = { .family = AF_INET };
+	struct translation *row;
+
+	if (!s)
+		return TC_ACT_SHOT;
+	if (s->p.family != 4 || s->p.quoted)
+		return leave(skb, s);
+	if (!s->chosen.via) {
+		fib.ifindex = config_native_ifindex;
+		fib.ipv4_src = s->p.saddr.w[3];
+		fib.ipv4_dst = s->p.daddr.w[3];
+		if (bpf_fib_lookup(skb, &fib, sizeof(fib), BPF_FIB_LOOKUP_OUTPUT) != BPF_FIB_LKUP_RET_SUCCESS ||
+		    fib.ifindex != config_native_ifindex)
+			return leave(skb, s); /* the stack's part: it finds the neighbour, too */
+		row = bpf_map_lookup_elem(&translations, &s->out);
+		if (row)
+			row->via = fib.ipv4_dst;
+		s->chosen.via = fib.ipv4_dst;
+	}
+	count(0, DIR_EGRESS, s->p.length);
+	skb->mark = MARK_JUDGED;
+	to.ipv4_nh = s->chosen.via;
+	return bpf_redirect_neigh(config_native_ifindex, &to, sizeof(to), 0);
+}
+
 /* An ICMP error of a client, or of a router on the way to it, about an answer: the backend's node must think it is about what
  * it sent to this node.
  */
@@ -176,7 +205,7 @@ static __noinline int to_backend_elsewhere(struct __sk_buff *skb, struct scratch
 	if (error)
 		return drop(s, error);
 	if (s->kind != DEST_TUNNEL)
-		return leave(skb, s);
+		return leave_to_backend(skb, s);
 	s->ends[0].identity =
 		IDENTITY_WORLD; /* both families': a number of a dual-stack cluster would mean nothing elsewhere */
 	return encapsulate(skb, s);

@@ -208,7 +208,7 @@ struct translation {
 	__u32 state;   /* enum ct_flag: what was seen of the connection's end */
 	__u32 backend; /* its number */
 	__u32 service;
-	__u32 spare;
+	__be32 via;    /* OUT, IPv4: the next hop to the backend as of this second, 0: not known */
 	__u64 expires; /* expiry_clock() */
 };
 _Static_assert(sizeof(struct translation) == 48, "struct translation has no implicit padding");

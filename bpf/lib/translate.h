@@ -10,6 +10,7 @@
 #include "nat.h"
 
 #define SERVICE_TRIES 4
+#define VIA_SHIFT 30 /* of nanoseconds: a next hop is asked for again about every second */
 
 enum service_out_result {
 	SERVICE_OUT_NONE = 0,       /* no service: the packet is as it was */
@@ -321,9 +322,12 @@ static __noinline int rows_of_client(struct scratch *s)
 	s->chosen.state = state;
 	s->chosen.expires = s->now + ct_life(s->p.protocol, state);
 	if (out) {
+		if ((out->expires ^ s->chosen.expires) >> VIA_SHIFT)
+			out->via = s->chosen.via = 0;
 		out->state = state;
 		out->expires = s->chosen.expires;
 	} else {
+		s->chosen.via = 0;
 		s->made = 1;
 		error = translation_put(&s->out, &s->chosen);
 		if (error)
