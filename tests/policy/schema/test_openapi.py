@@ -161,3 +161,33 @@ BAD = {
 def test_what_is_not_of_the_form_is_refused(name: str) -> None:
     for kind in ("CiliumNetworkPolicy", "CiliumClusterwideNetworkPolicy"):
         assert not validator(kind).is_valid({**BAD[name], "kind": kind})
+
+
+def test_pools_are_served_in_both_versions_with_one_schema() -> None:
+    one = next(definition(one) for one in RESOURCES if one.kind == "CiliumLoadBalancerIPPool")
+    versions = one["spec"]["versions"]
+    assert [(v["name"], v["served"], v["storage"]) for v in versions] == [("v2", True, True), ("v2alpha1", True, False)]
+    assert versions[0]["schema"] == versions[1]["schema"]
+
+
+@pytest.mark.parametrize(
+    ("frontend", "valid"),
+    [
+        ({"serviceMatcher": {"serviceName": "dns", "namespace": "default"}}, True),
+        ({"addressMatcher": {"ip": "169.254.20.10", "toPorts": [{"port": "53", "protocol": "UDP"}]}}, True),
+        ({"addressMatcher": {"ip": "169.254.20.10", "toPorts": [{"port": "65536", "protocol": "UDP"}]}}, False),
+        ({"addressMatcher": {"ip": "169.254.20.10", "toPorts": [{"port": "53", "protocol": "SCTP"}]}}, False),
+        ({"serviceMatcher": {"serviceName": "dns", "namespace": "default"}, "addressMatcher": {}}, False),
+        ({}, False),
+    ],
+)
+def test_a_redirect_is_valid_for_the_schema_when_it_has_one_frontend(frontend: dict[str, Any], valid: bool) -> None:
+    backend = {"localEndpointSelector": {}, "toPorts": [{"port": "53", "protocol": "UDP"}]}
+    spec = {"redirectFrontend": frontend, "redirectBackend": backend}
+    document = {
+        "apiVersion": "cilium.io/v2",
+        "kind": "CiliumLocalRedirectPolicy",
+        "metadata": {"name": "r"},
+        "spec": spec,
+    }
+    assert validator("CiliumLocalRedirectPolicy").is_valid(document) is valid
