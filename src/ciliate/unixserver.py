@@ -1,4 +1,4 @@
-"""HTTP/1.1 on a unix socket, for the daemons' own APIs."""
+"""HTTP/1.1 for the daemons' own APIs: on a unix socket, and for metrics on a port."""
 
 import contextlib
 import socket
@@ -18,6 +18,16 @@ def listen(path: Path) -> socket.socket:
     path.chmod(0o600)
     listener.listen(128)
     return listener
+
+
+def listen_on(address: str, port: int) -> socket.socket:
+    """Return a listening TCP socket; ``address`` "": every address, of both families if there are. Error: OSError."""
+    if address:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        return socket.create_server((address, port), family=family)
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
 
 
 class _Server(uvicorn.Server):

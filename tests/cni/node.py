@@ -26,6 +26,7 @@ T = TypeVar("T")
 RELAY: Final = Path(__file__).resolve().parents[2] / "cni-relay/ciliate-cni"
 NODE_IPS: Final = {4: "192.0.2.1", 6: "2001:db8::1"}
 OUTSIDE_IPS: Final = {4: "192.0.2.254", 6: "2001:db8::fe"}
+METRICS: Final = 9962
 LOCKS: Final = {".locks", "locks"}
 
 
@@ -127,6 +128,7 @@ class Node:
             "node-ips": list(NODE_IPS.values()),
             "pod-cidrs": cidrs,
             "socket-lb": "off",
+            "prometheus-serve-addr": f":{METRICS}",
             "cni-conf-dir": str(self.conf_dir),
             "cni-bin-dir": str(self.bin_dir),
             "cni-plugin": str(RELAY),

@@ -1,5 +1,7 @@
 """The plugin and a real agent: what CHECK sees, what GC and STATUS do, and what is left when it is over."""
 
+import contextlib
+import http.client
 import json
 import signal
 import socket
@@ -9,9 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from ciliate.cni.conflist import CONFLIST
-from tests.cni.node import OUTSIDE_IPS, CniFailure, Netns, Node, difference, namespaces, pod_object, until, wait_for
+from tests.cni.node import (
+    METRICS,
+    OUTSIDE_IPS,
+    CniFailure,
+    Netns,
+    Node,
+    difference,
+    namespaces,
+    pod_object,
+    until,
+    wait_for,
+)
 
 pytestmark = pytest.mark.root
 
@@ -333,3 +347,41 @@ def test_five_hundred_pods_leave_nothing(node: Node, stack: ExitStack) -> None:
     until(lambda: not any(one["source"] in seen or one["destination"] in seen for one in node.get("/v1/bpf/ct")), "ct")
     until(lambda: not any(one["inner"] in seen for one in node.get("/v1/bpf/nat")), "nat")
     assert not set(node.rows("local_addrs")) - set(before["local_addrs"])
+
+
+def test_prometheus_reads_what_the_agent_and_its_datapath_have(node: Node, stack: ExitStack) -> None:
+    """Over the network, in the format of Prometheus, and nothing but metrics."""
+    pod = Netns(stack, "pod")
+    node.add("c1", pod.path)
+    pod.do(lambda: send(OUTSIDE_IPS[4]))  # denied: nobody has named the pod yet
+    node.apply("pod", pod_object("c1", app="client"))
+    pod.do(lambda: send(OUTSIDE_IPS[4]))
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "web", "namespace": "default"},
+        "spec": {"clusterIP": "10.96.0.7", "clusterIPs": ["10.96.0.7"], "ports": [{"port": 80}]},
+    }
+    node.apply("web", service)
+
+    def get(path: str) -> tuple[int, str]:
+        connection = http.client.HTTPConnection("127.0.0.1", METRICS, timeout=30)
+        connection.request("GET", path)
+        with contextlib.closing(connection), connection.getresponse() as answer:
+            return answer.status, answer.read().decode()
+
+    status, text = node.netns.do(lambda: get("/metrics"))
+    assert status == 200
+    found = {
+        (one.name, *sorted(one.labels.values())): one.value
+        for family in text_string_to_metric_families(text)
+        for one in family.samples
+    }
+    assert found["cilium_drop_count_total", "EGRESS", "Policy denied"] == 1
+    assert found["cilium_drop_bytes_total", "EGRESS", "Policy denied"] == 29
+    assert found["cilium_forward_count_total", "EGRESS"] == 1
+    assert found["cilium_services_events_total", "add"] == 1
+    assert found["ciliate_service_frontends", "ClusterIP"] == 2  # the port, and the address as a whole
+    assert found["cilium_endpoint",] == 1
+    assert 0 < found["cilium_bpf_map_pressure", "frontends"] < 0.01
+    assert node.netns.do(lambda: get("/v1/status"))[0] == 404

@@ -50,6 +50,7 @@ class AgentConfig:
     socket_lb: Literal["all", "host", "off"] = "all"
     cgroup_root: Path | None = None
     xdp: Literal["off", "auto", "native", "generic"] = "off"
+    prometheus_serve_addr: tuple[str, int] | None = None
     cni_conf_dir: Path | None = None
     cni_bin_dir: Path | None = None
     cni_plugin: Path | None = None
@@ -124,6 +125,8 @@ _HELP: Final[Mapping[str, str]] = {
     "(default: where the hierarchy is mounted)",
     "xdp": "where known connections from outside are sent on to backends of other nodes, with routing-mode native: off "
     "(in tc), native (in the driver), generic, or auto (native where the driver can) (default: off)",
+    "prometheus_serve_addr": "ADDRESS:PORT on which /metrics answers; no ADDRESS: all (:9962 is usual) "
+    "(default: only on the agent's socket)",
     "cni_conf_dir": "install the CNI configuration here once the agent is ready",
     "cni_bin_dir": "install the CNI plugin here, from --cni-plugin",
     "cni_plugin": "the plugin's executable, ciliate-cni",
@@ -186,6 +189,8 @@ def _read(name: str, value: Any) -> Any:
             case "node_port_range":
                 low, _, high = str(value).partition("-")
                 return int(low), int(high)
+            case "prometheus_serve_addr":
+                return _listener(str(value))
             case "lb_algorithm":
                 return Algorithm(str(value))
             case "lb_mode":
@@ -215,6 +220,13 @@ def _endpoint(text: str) -> tuple[IPv4Address | IPv6Address, int]:
     if not 1 <= int(port) <= 65535:
         raise ValueError(f"{port} is not in 1..65535")
     return ip_address(address.strip("[]")), int(port)
+
+
+def _listener(text: str) -> tuple[str, int]:
+    address, _, port = text.rpartition(":")
+    if not 1 <= int(port) <= 65535:
+        raise ValueError(f"{port} is not in 1..65535")
+    return str(ip_address(address.strip("[]"))) if address else "", int(port)
 
 
 def _listed(value: Any) -> list[str]:

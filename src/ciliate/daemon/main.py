@@ -12,11 +12,12 @@ from ciliate.daemon import documents
 from ciliate.daemon.agent import Agent
 from ciliate.daemon.api import Unknown, application
 from ciliate.daemon.config import AgentConfig, ConfigError, arguments
+from ciliate.daemon.metrics import metrics_application, metrics_route
 from ciliate.daemon.policy_api import policy_routes
 from ciliate.daemon.service_documents import service_routes
 from ciliate.daemon.tables import TABLES, table_rows
 from ciliate.daemon.wiring import AgentWiring
-from ciliate.unixserver import listen, serve
+from ciliate.unixserver import listen, listen_on, serve
 
 log = structlog.get_logger()
 _SWITCH = 0.001
@@ -66,6 +67,8 @@ async def _run(config: AgentConfig) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             async with asyncio.TaskGroup() as group:
                 group.create_task(serve(_application(agent), listen(config.socket)))
+                if config.prometheus_serve_addr is not None:
+                    group.create_task(serve(metrics_application(agent), listen_on(*config.prometheus_serve_addr)))
                 group.create_task(agent.run())
     finally:
         agent.datapath.close()
@@ -101,5 +104,5 @@ def _application(agent: Agent):  # type: ignore[no-untyped-def]
         hub=agent.hub,
         sync=agent.sync,
         cni=wiring.call,
-        more=[*policy_routes(agent), *service_routes(agent)],
+        more=[*policy_routes(agent), *service_routes(agent), metrics_route(agent)],
     )
