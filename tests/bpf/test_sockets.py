@@ -601,3 +601,17 @@ def test_kernel_that_cannot_destroy_is_named(node: Sockets, monkeypatch: pytest.
     monkeypatch.setattr("ciliate.datapath.sockets._DESTROY", 99)
     with pytest.raises(SocketsError, match="cannot be told of a removed backend"):
         destroy_udp([(ip_address(gone[0]), gone[1])], [node.netns(2)], node.rig.path.map("socket_peers"))
+
+
+def test_namespace_that_cannot_be_entered_does_not_keep_the_others_untold(node: Sockets, tmp_path: Path) -> None:
+    at, gone = (CLUSTER_IP[4], 53), pods(4, 5353)[0]
+    node.services.set(at, UDP, [gone])
+    one = node.new(2, 4, UDP)
+    one.connect(at)
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    peers = node.rig.path.map("socket_peers")
+    with pytest.raises(OSError, match="loop"):
+        destroy_udp([(ip_address(gone[0]), gone[1])], [loop, node.netns(2)], peers)
+    with pytest.raises(ConnectionAbortedError):
+        one.recv(100)

@@ -146,7 +146,7 @@ class Services:
                 if self._stale:
                     self._take_over()
                 return self._apply(todo)
-            except OSError:
+            except Exception:  # whatever stopped it half-way, the maps say what there is
                 self._refused(todo)
                 raise
 
@@ -453,7 +453,7 @@ class Services:
         with self._lock:
             try:
                 freed = self._free(generation)
-            except OSError:
+            except Exception:
                 self._refused({})
                 raise
             self._retry |= bool(freed and self._pending)

@@ -48,22 +48,20 @@ def destroy_udp(
     """Destroy the UDP sockets that were connected to one of these removed backends; return how many.
 
     ``namespaces``: of the node (``OWN_NETNS``) and of its pods; one that is gone is passed by. Blocks: about a
-    millisecond a namespace, nothing where no socket has such a backend. Errors: SocketsError, after all namespaces were
-    tried; OSError.
+    millisecond a namespace, nothing where no socket has such a backend. Errors: OSError, after all namespaces were
+    tried; SocketsError if the kernel cannot.
     """
     meant = sockets_of(backends, peers, protocol)
     if not meant:
         return 0
     count = 0
-    failed: SocketsError | None = None
+    failed: OSError | None = None
     for path in namespaces:
         try:
             count += in_netns(path, lambda: _destroy_here(meant))
-        except SocketsError as error:
-            failed = error
         except OSError as error:
-            if error.errno not in _NO_NAMESPACE:
-                raise
+            if isinstance(error, SocketsError) or error.errno not in _NO_NAMESPACE:
+                failed = error
     if failed is not None:
         raise failed
     return count
