@@ -93,9 +93,13 @@ def up(
     topology = Topology(cluster=cluster, size=nodes, ipv4=ipv4, ipv6=ipv6, routing_mode=routing_mode.value)
     began = time.perf_counter()
     with _progress() as say:
-        changes = work.up(topology, _objects(files), say)
+        changes = work.up(topology, _objects(files), say, _warn)
     _report(changes, None)
     print(f"cluster {cluster} with {nodes} nodes is ready after {time.perf_counter() - began:.1f} s")
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def _report(changes: Any, elapsed: float | None) -> None:
@@ -114,7 +118,7 @@ def apply(files: Files, cluster: ClusterOption = None) -> None:
 
     topology, wanted = find_topology(cluster), _objects(files)
     began = time.perf_counter()
-    changes = work.apply(topology, wanted, lambda _: None)
+    changes = work.apply(topology, wanted, lambda _: None, _warn)
     _report(changes, time.perf_counter() - began)
 
 
@@ -134,7 +138,7 @@ def delete(
         raise typer.BadParameter("give KIND/NAME or -f FILE")
     topology = find_topology(cluster)
     began = time.perf_counter()
-    changes = work.delete(topology, keys, lambda _: None)
+    changes = work.delete(topology, keys, lambda _: None, _warn)
     _report(changes, time.perf_counter() - began)
 
 

@@ -35,8 +35,11 @@ def client(topology: Topology, node: str) -> AgentClient:
     return AgentClient(topology.socket(node))
 
 
-def up(topology: Topology, wanted: Mapping[ObjectKey, Raw], say: Say) -> dict[ObjectKey, Change]:
-    """Bring a cluster up with objects in it; on an error nothing is left of it. Error: LabError."""
+def up(topology: Topology, wanted: Mapping[ObjectKey, Raw], say: Say, warn: Say) -> dict[ObjectKey, Change]:
+    """Bring a cluster up with objects in it; on an error nothing is left of it. ``warn``: as ``apply`` has it.
+
+    Error: LabError.
+    """
     if os.geteuid():
         raise LabError("the lab makes network namespaces and loads BPF programs: run it as root")
     agents.program("ciliated"), pods.relay()
@@ -52,7 +55,7 @@ def up(topology: Topology, wanted: Mapping[ObjectKey, Raw], say: Say) -> dict[Ob
             fabric.build(topology)
             say("agents")
             _each(topology.nodes, lambda node: _start_node(topology, node))
-            changes = _apply(topology, wanted, (), say) if wanted else {}
+            changes = _apply(topology, wanted, (), say, warn) if wanted else {}
             state.save_topology(topology, ready=True)
         except BaseException:
             _clear(topology.cluster)
@@ -76,24 +79,26 @@ def _each(items: Iterable[Any], call: Callable[[Any], Any]) -> list[Any]:
 # ---- objects -------------------------------------------------------------------------------------------------------
 
 
-def apply(topology: Topology, wanted: Mapping[ObjectKey, Raw], say: Say) -> dict[ObjectKey, Change]:
-    """Make objects so; return when every node enforces them. Invalid objects change nothing. Error: LabError."""
+def apply(topology: Topology, wanted: Mapping[ObjectKey, Raw], say: Say, warn: Say) -> dict[ObjectKey, Change]:
+    """Make objects so; return when every node enforces them. Invalid objects change nothing. ``warn`` hears what
+    Services and host ports say that cannot be served so. Error: LabError, also if a node's datapath refuses services.
+    """
     with state.locked(topology.cluster):
-        return _apply(topology, wanted, (), say)
+        return _apply(topology, wanted, (), say, warn)
 
 
-def delete(topology: Topology, keys: Sequence[ObjectKey], say: Say) -> dict[ObjectKey, Change]:
-    """Take objects away; return when no node enforces them any more. Error: LabError."""
+def delete(topology: Topology, keys: Sequence[ObjectKey], say: Say, warn: Say) -> dict[ObjectKey, Change]:
+    """Take objects away; return when no node enforces them any more. ``warn``: as ``apply`` has it. Error: LabError."""
     with state.locked(topology.cluster):
         present = store(topology).load()
         for key in keys:
             if key not in present:
                 raise LabError(f"{text_of(key)}: not found")
-        return _apply(topology, {}, keys, say)
+        return _apply(topology, {}, keys, say, warn)
 
 
 def _apply(
-    topology: Topology, wanted: Mapping[ObjectKey, Raw], deleted: Iterable[ObjectKey], say: Say
+    topology: Topology, wanted: Mapping[ObjectKey, Raw], deleted: Iterable[ObjectKey], say: Say, warn: Say
 ) -> dict[ObjectKey, Change]:
     """Bring objects, then pods in line. Services hear that a pod is about to end before it does, and that it is gone
     before its address may be another's.
@@ -124,6 +129,7 @@ def _apply(
         _start(topology, nodes, sorted({*todo.start, *missing}), todo.objects)
     finally:
         _refresh(topology, nodes, todo.objects)
+    _check_served(topology, nodes, warn)
     if silent := [node.name for node in topology.nodes if node not in nodes]:
         raise LabError(
             f"no agent runs on {', '.join(silent)}: all else is done, and there it will be enforced once it runs: "
@@ -211,14 +217,7 @@ def sync(topology: Topology, nodes: Iterable[LabNode]) -> list[str]:
     """Return when these nodes enforce what the objects say: what they rejected. Error: LabError (no answer)."""
 
     def ask(node: LabNode) -> list[str]:
-        try:
-            answer = client(topology, node.name).post("sync")
-        except AgentError as error:
-            raise LabError(
-                f"node {node.name}: {error}; it will enforce the objects once it runs: "
-                f"`ciliate lab agent start {node.name}`"
-            ) from error
-        listed = [one for one in answer.get("objects", ()) if one.get("state") != "enforced"]
+        listed = [one for one in _synced(topology, node).get("objects", ()) if one.get("state") != "enforced"]
         said: dict[str, list[str]] = {}
         for one in listed:
             names = said.setdefault(str(one["message"]), [])
@@ -226,6 +225,40 @@ def sync(topology: Topology, nodes: Iterable[LabNode]) -> list[str]:
         return [f"node {node.name}: {', '.join(names)}: {message}" for message, names in said.items()]
 
     return [line for lines in _each(nodes, ask) for line in lines]
+
+
+def _synced(topology: Topology, node: LabNode) -> dict[str, Any]:
+    """Return a node's answer once it enforces and serves what the objects say. Error: LabError (no answer)."""
+    try:
+        answer: dict[str, Any] = client(topology, node.name).post("sync")
+    except AgentError as error:
+        raise LabError(
+            f"node {node.name}: {error}; it will enforce the objects once it runs: "
+            f"`ciliate lab agent start {node.name}`"
+        ) from error
+    return answer
+
+
+def _check_served(topology: Topology, nodes: Sequence[LabNode], warn: Say) -> None:
+    """Say what these nodes do not serve as written. Error: LabError, if it is because a datapath refused it."""
+    failures: dict[str, list[str]] = {}
+    problems: dict[str, list[str]] = {}
+    for node, answer in zip(nodes, _each(nodes, lambda node: _synced(topology, node)), strict=True):
+        services = answer["services"]
+        for text in services["failures"]:
+            failures.setdefault(text, []).append(node.name)
+        for text in services["problems"]:
+            if text not in services["failures"]:
+                problems.setdefault(text, []).append(node.name)
+    for text, names in problems.items():
+        warn(f"{_nodes(names)}: {text}")
+    if failures:
+        listed = "; ".join(f"{_nodes(names)}: {text}" for text, names in failures.items())
+        raise LabError(f"not served, all else is done: {listed}")
+
+
+def _nodes(names: Sequence[str]) -> str:
+    return f"node{'s' if len(names) > 1 else ''} {', '.join(names)}"
 
 
 def _wait_known(topology: Topology, nodes: Iterable[LabNode], fresh: Sequence[PodFile]) -> None:
