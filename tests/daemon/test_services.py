@@ -1,9 +1,10 @@
 """The worker that keeps services programmed: what it writes and when, and what it shows of it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +17,10 @@ from ciliate.daemon.healthcheck import HealthChecks
 from ciliate.daemon.objects import ClusterObjects
 from ciliate.daemon.service_documents import ServicesView
 from ciliate.daemon.services import Services
-from ciliate.k8s.manifests import object_key
+from ciliate.daemon.turns import TURN
+from ciliate.k8s.manifests import ScanResult, object_key
 from ciliate.loadbalancer.model import Backend, Changes, Frontend, LocalNode, Owner, Scope
+from ciliate.loadbalancer.table import LoadBalancer
 
 WEB = Owner("Service", "default", "web")
 
@@ -35,6 +38,7 @@ class Maps:
         self.rows: dict[Owner, tuple[Frontend, ...]] = {}
         self.calls: list[tuple[set[Owner], bool]] = []
         self.fail = 0
+        self.error: Exception = OSError(12, "no memory")
         self.answer = Done()
         self.collected = asyncio.Event()
         self.waiting = False
@@ -43,7 +47,7 @@ class Maps:
     def apply(self, changes: Changes, *, complete: bool = False) -> Done:
         if self.fail:
             self.fail -= 1
-            raise OSError(12, "no memory")
+            raise self.error
         self.calls.append((set(changes), complete))
         if complete:
             self.rows = {}
@@ -208,6 +212,172 @@ async def test_a_refused_write_is_a_problem_until_it_succeeds(tmp_path: Path, mo
         assert world.services.problems() == []
 
 
+async def test_any_error_leaves_the_worker_at_work_and_loses_no_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ciliate.daemon.services._AGAIN", 0.01)
+    async with running(tmp_path) as world:
+        world.learn(service("first", clusterIP="10.96.0.9"))
+        world.services.begin()
+        assert await world.services.programmed()
+        world.maps.fail, world.maps.error = 1, ValueError("could not broadcast")
+        world.learn(service(), endpoints("10.1.0.7"))
+        assert not await world.services.programmed()
+        assert world.services.failures() == [
+            "the datapath refused a change of services: ValueError('could not broadcast')"
+        ]
+        assert WEB not in world.maps.rows
+        await until(lambda: WEB in world.maps.rows)
+        assert asked(world, WEB) == ["10.1.0.7:8080"]
+        assert await world.services.programmed(world.services.request())
+        assert world.services.failures() == []
+
+
+async def test_changes_that_no_thread_took_are_taken_at_the_next_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ciliate.daemon.services._AGAIN", 0.01)
+    thread, refusals = asyncio.to_thread, ["can't start new thread"]
+
+    async def start(work: Any, *arguments: Any) -> Any:
+        if refusals:
+            raise RuntimeError(refusals.pop())
+        return await thread(work, *arguments)
+
+    monkeypatch.setattr("ciliate.daemon.services.asyncio.to_thread", start)
+    async with running(tmp_path) as world:
+        world.learn(service(), endpoints("10.1.0.7"))
+        world.services.begin()
+        assert not await world.services.programmed()
+        await until(lambda: WEB in world.maps.rows)
+        assert asked(world, WEB) == ["10.1.0.7:8080"]
+
+
+@pytest.mark.parametrize("method", ["set_slice", "_rule_on_service"])
+async def test_an_object_that_the_load_balancer_fails_on_is_named_and_the_others_are_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    real = getattr(LoadBalancer, method)
+
+    def fail(self: LoadBalancer, what: Any) -> None:
+        if "bad" in str(what):
+            raise ZeroDivisionError("a defect")
+        real(self, what)
+
+    async with running(tmp_path) as world:
+        with monkeypatch.context() as patch:
+            patch.setattr(LoadBalancer, method, fail)
+            world.learn(service("bad", clusterIP="10.96.0.9"), endpoints("10.1.0.6", owner="bad"))
+            world.learn(service(), endpoints("10.1.0.7"))
+            world.services.begin()
+            assert await world.services.programmed()
+            name = "EndpointSlice default/bad-1" if method == "set_slice" else "Service default/bad"
+            assert world.services.problems() == [
+                f"{name}: the load balancer fails on it: ZeroDivisionError('a defect')"
+            ]
+            assert asked(world, WEB) == ["10.1.0.7:8080"]
+        world.learn(endpoints("10.1.0.8", owner="bad"))
+        await world.services.programmed()
+        assert world.services.problems() == []
+        assert asked(world, Owner("Service", "default", "bad")) == ["10.1.0.8:8080"]
+
+
+async def test_a_sync_ends_and_names_what_was_not_written(tmp_path: Path) -> None:
+    async with running(tmp_path) as world:
+        world.maps.fail = 1000
+        world.learn(service())
+        world.services.begin()
+        assert not await world.services.programmed()
+        assert not await world.services.programmed(world.services.request())
+        assert world.services.failures() == ["the datapath refused a change of services: [Errno 12] no memory"]
+
+
+async def test_thousands_of_objects_are_taken_in_turns(tmp_path: Path) -> None:
+    """No lag is measured: it is counted how many objects pass between two turns of another task."""
+    cluster = ClusterObjects(tmp_path / "policies")
+    objects = {}
+    for number in range(1500):
+        for one in (service(f"s{number}"), endpoints("10.1.0.7", owner=f"s{number}")):
+            objects[object_key(one)] = one
+    count, turns = 0, [0]
+
+    def counted(call: Any) -> Any:
+        def step(*arguments: Any) -> Any:
+            nonlocal count
+            count += 1
+            return call(*arguments)
+
+        return step
+
+    async def other() -> None:
+        while True:
+            turns.append(count)
+            await asyncio.sleep(0)
+
+    world = World(tmp_path)
+    cluster.learn, cluster.forget, cluster._refresh = map(  # type: ignore[method-assign]
+        counted, (cluster.learn, cluster.forget, cluster._refresh)
+    )
+    world.services._change = counted(world.services._change)  # type: ignore[method-assign]
+    task = asyncio.create_task(other())
+    read = [one for key in objects if (one := cluster.read(key, objects[key])) is not None]
+    await cluster.learn_all(ScanResult(objects=objects, changed=set(objects), removed=set(), problems={}), read)
+    await world.services.learn_in_turns(cluster, world.endpoints, objects)
+    await cluster.refresh_facts()
+    await cluster.learn_all(ScanResult(objects={}, changed=set(), removed=set(objects), problems={}), [])
+    task.cancel()
+    assert len(cluster.service_facts()) == 0
+    assert count == 3000 + 3000 + 1500 + 3000 + 1500
+    assert max(b - a for a, b in pairwise(turns)) <= 2 * TURN
+
+
+async def test_what_is_taken_in_turns_is_one_change(tmp_path: Path) -> None:
+    async with running(tmp_path) as world:
+        world.services.begin()
+        await world.services.programmed(world.services.request())
+        documents = [service(f"s{n}", clusterIP=f"10.96.{n // 250}.{n % 250}") for n in range(400)]
+        documents += [endpoints("10.1.0.7", owner=f"s{n}") for n in range(400)]
+        for one in documents:
+            read = world.cluster.read(object_key(one), one)
+            assert read is not None
+            world.cluster.learn(read)
+        world.services.request()
+        await world.services.learn_in_turns(world.cluster, world.endpoints, map(object_key, documents))
+        await world.services.programmed()
+        assert [len(owners) for owners, _ in world.maps.calls if owners] == [400]
+
+
+async def test_a_pod_that_has_given_its_address_back_has_no_host_port(tmp_path: Path) -> None:
+    owner = Owner("Pod", "default", "web-1")
+    async with running(tmp_path) as world:
+        world.learn(pod(status={"phase": "Running", "podIP": "10.1.0.7", "podIPs": [{"ip": "10.1.0.7"}]}))
+        world.services.begin()
+        await world.services.programmed()
+        assert owner not in world.maps.rows
+        one = LocalEndpoint(
+            id=1, container_id="c", interface="eth0", netns="/n", namespace="default", name="web-1", device="d",
+            addresses=["10.1.0.7"],
+        )  # fmt: skip
+        world.endpoints.add(one)
+        world.services.learn_pod(world.cluster, world.endpoints, "default", "web-1")
+        await world.services.programmed()
+        assert asked(world, owner) == ["10.1.0.7:8080"]
+        world.endpoints.remove(one)
+        world.services.learn_pod(world.cluster, world.endpoints, "default", "web-1")
+        await world.services.programmed()
+        assert owner not in world.maps.rows
+
+
+async def test_a_pod_on_the_host_s_network_has_the_addresses_of_its_status(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    raw = pod(status={"phase": "Running", "podIP": "192.0.2.1", "podIPs": [{"ip": "192.0.2.1"}]})
+    raw["spec"]["hostNetwork"] = True
+    world.learn(raw)
+    found = world.services._pod(world.cluster, world.endpoints, ("default", "web-1"))
+    assert found is not None
+    assert [str(one) for one in found.addresses] == ["192.0.2.1"]
+
+
 async def test_what_did_not_fit_is_named_and_tried_after_leftovers_are_freed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,17 +411,62 @@ async def test_sockets_are_told_of_backends_that_are_gone(tmp_path: Path) -> Non
         assert world.told == [(gone,)]
 
 
-async def test_sockets_that_cannot_be_told_are_a_problem_not_a_failure(tmp_path: Path) -> None:
+async def test_sockets_that_could_not_be_told_are_told_later_but_not_of_what_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ciliate.daemon.services._AGAIN", 3600.0)
     async with running(tmp_path) as world:
+        refuse = True
 
-        def refuse(_: Collection[Backend]) -> None:
-            raise OSError(1, "not permitted")
+        def notify(gone: Collection[Backend]) -> None:
+            if refuse:
+                raise OSError(1, "not permitted")
+            world.told.append(gone)
 
-        world.services._notify = refuse
+        world.services._notify = notify
+        dead, back = asked_backend("10.1.0.7"), asked_backend("10.1.0.8")
+        world.maps.answer = Done(gone=(dead, back))
+        world.services.begin()
+        assert await world.services.programmed(world.services.request())
+        world.maps.answer = Done()
+        assert await world.services.programmed(world.services.request())
+        problem = "sockets of removed backends cannot be told: [Errno 1] not permitted"
+        assert world.services.problems() == [problem]
+        assert world.services.failures() == []
+        refuse = False
+        slices = endpoints("10.1.0.8") | {"ports": [{"port": 53, "protocol": "UDP"}]}
+        world.learn(service(ports=[{"port": 53, "protocol": "UDP"}]), slices)
+        await world.services.programmed()
+        assert world.told == [(dead,)]
+        assert world.services.problems() == []
+
+
+async def test_sockets_are_told_again_without_another_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ciliate.daemon.services._AGAIN", 0.01)
+    async with running(tmp_path) as world:
+        calls = 0
+
+        def notify(gone: Collection[Backend]) -> None:
+            nonlocal calls
+            calls += 1
+            world.maps.answer = Done()
+            if calls < 3:
+                raise OSError(1, "not permitted")
+
+        world.services._notify = notify
         world.maps.answer = Done(gone=(asked_backend("10.1.0.7"),))
         world.services.begin()
         await world.services.programmed(world.services.request())
-        assert "sockets of removed backends cannot be told" in world.services.problems()[0]
+        await until(lambda: calls == 3 and not world.services.problems())
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        for _ in range(1000):
+            if true():
+                return
+            await asyncio.sleep(0.01)
+    raise AssertionError("it has not become true")
 
 
 def asked_backend(address: str) -> Backend:

@@ -352,13 +352,10 @@ class Agent:
             found = await asyncio.to_thread(self.manifests.scan)
             self.unreadable = {str(file): text for file, text in found.problems.items()}
             read = await asyncio.to_thread(self._read, found)
-            for key in found.removed:
-                self.cluster.forget(key)
-            for one in read:
-                self.cluster.learn(one)
-            self.cluster.settle(found.objects.keys(), unreadable=bool(found.problems))
+            await self.cluster.learn_all(found, read)
             await self._label_node()
-            self.services.learn(self.cluster, self.endpoints, {*found.changed, *found.removed})
+            await self.services.learn_in_turns(self.cluster, self.endpoints, {*found.changed, *found.removed})
+            await self.cluster.refresh_facts()
             self._want()
             await self._identify_all({*found.changed, *found.removed})
             return self.enforcement.request()
@@ -406,7 +403,7 @@ class Agent:
         await asyncio.to_thread(self._publish, one)
 
     async def sync(self) -> dict[str, Any]:
-        """Read the manifests and answer when this node enforces and serves them."""
+        """Read the manifests and answer when this node enforces and serves them, or names what failed."""
         began = time.perf_counter()
         outcome = await self.enforcement.enforced(await self.scan())
         await self.services.programmed()
@@ -416,6 +413,7 @@ class Agent:
             "epoch": outcome.epoch,
             "objects": self._policies({self.config.node_name}, {}),
             "problems": self.problems(),
+            "services": {"failures": self.services.failures(), "problems": self.services.problems()},
             "elapsed_ms": round((time.perf_counter() - began) * 1000, 3),
         }
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Collection, Mapping, Set
 from dataclasses import dataclass
 from ipaddress import ip_network
 from pathlib import Path
@@ -12,8 +12,9 @@ import msgspec
 import structlog
 
 from ciliate.daemon.lastvalid import LastValid
+from ciliate.daemon.turns import in_turns
 from ciliate.identity.labels import k8s
-from ciliate.k8s.manifests import ObjectKey
+from ciliate.k8s.manifests import ObjectKey, ScanResult
 from ciliate.k8s.objects import Namespace, NodeObject, ObjectError, Pod, parse_namespace, parse_node, parse_pod
 from ciliate.k8s.redirects import parse_local_redirect
 from ciliate.k8s.services import parse_endpoint_slice, parse_service
@@ -26,6 +27,8 @@ from ciliate.policy.rules import CidrGroup, PolicyError, PolicyObject, ServiceFa
 log = structlog.get_logger()
 Key = tuple[str, str, str]
 POLICY_KINDS: Final = frozenset(API_VERSIONS)
+_BULK: Final = frozenset({"Service", "EndpointSlice"})
+"""Kinds of which there may be tens of thousands."""
 _PARSERS: Final[Mapping[str, Callable[[Mapping[str, Any]], Any]]] = {
     "Pod": parse_pod,
     "Namespace": parse_namespace,
@@ -151,6 +154,22 @@ class ClusterObjects:
         self.rejected[one.name] = one.rejected
         log.warning("object-rejected", kind=kind, namespace=namespace, name=name, problem=str(one.rejected))
 
+    async def learn_all(self, found: ScanResult, read: Collection[Read]) -> None:
+        """Take what a scan has found and ``read`` has read. Error: OSError.
+
+        Services and their slices may be tens of thousands, so they are taken in turns with other tasks; the rest goes
+        at once: no one may see some of the policies that changed together.
+        """
+        await in_turns([one for one in read if one.name[0] in _BULK], self.learn)
+        await in_turns([key for key in found.removed if key.kind in _BULK], self.forget)
+        for key in found.removed:
+            if key.kind not in _BULK:
+                self.forget(key)
+        for one in read:
+            if one.name[0] not in _BULK:
+                self.learn(one)
+        self.settle(found.objects.keys(), unreadable=bool(found.problems))
+
     def forget(self, key: ObjectKey) -> None:
         """Drop a deleted object. Error: OSError."""
         name: Key = (key.kind, key.namespace, key.name)
@@ -194,15 +213,22 @@ class ClusterObjects:
 
         What has not changed is the same object again: with 30,000 Services one change must not cost all of them.
         """
-        for key in self._stale:
-            if (service := self.services.get(key)) is None:
-                self._facts.pop(key, None)
-            else:
-                self._facts[key] = self._facts_of(service)
-            if not self._slices_of[key]:
-                del self._slices_of[key]
-        self._stale = set()
+        while self._stale:
+            self._refresh(self._stale.pop())
         return dict(self._facts)
+
+    async def refresh_facts(self) -> None:
+        """Bring what ``service_facts`` returns up to date, in turns with other tasks."""
+        await in_turns(list(self._stale), self._refresh)
+
+    def _refresh(self, key: tuple[str, str]) -> None:
+        if (service := self.services.get(key)) is None:
+            self._facts.pop(key, None)
+        else:
+            self._facts[key] = self._facts_of(service)
+        if not self._slices_of[key]:
+            del self._slices_of[key]
+        self._stale.discard(key)
 
     def _facts_of(self, one: Service) -> ServiceFacts:
         slices = () if one.selector else self._slices_of[one.namespace, one.name]

@@ -7,6 +7,7 @@ Service that is not heard of yet would look like one that is not there, and what
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
@@ -17,6 +18,7 @@ import structlog
 from ciliate.daemon.endpoints import EndpointTable
 from ciliate.daemon.healthcheck import HealthChecks
 from ciliate.daemon.objects import ClusterObjects
+from ciliate.daemon.turns import in_turns
 from ciliate.k8s.manifests import ObjectKey
 from ciliate.loadbalancer.model import Address, Backend, Changes, Frontend, LocalNode, Owner, PodPorts
 from ciliate.loadbalancer.table import LoadBalancer
@@ -25,10 +27,11 @@ log = structlog.get_logger()
 KINDS: Final = ("Service", "EndpointSlice", "Pod", "CiliumLocalRedirectPolicy")
 """Kinds that decide what is served."""
 _AGAIN: Final = 1.0
-"""Seconds after which a failed pass is repeated."""
+"""Seconds after which a failed pass is repeated, and sockets that could not be told are told."""
 _LEFTOVERS: Final = 1.0
 """Seconds after the last change after which its leftovers are freed."""
-Change = Callable[[LoadBalancer], object]
+Change = tuple[Owner, Callable[[LoadBalancer], object]]
+"""What the load balancer is to be told, and of which object."""
 
 
 class Outcome(Protocol):
@@ -60,11 +63,14 @@ class Programmer(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServicePass:
-    """What the last pass left. ``error``: it failed, and is tried again."""
+    """What the last pass left. ``error``: it failed, and is tried again; ``untold``: why sockets do not know yet that
+    their backend is gone.
+    """
 
     changed: int = 0
     took: float = 0.0
     error: str = ""
+    untold: str = ""
     refused: Mapping[Owner, str] = field(default_factory=dict)
     problems: Mapping[Owner, tuple[str, ...]] = field(default_factory=dict)
 
@@ -93,10 +99,16 @@ class Services:
         self._balancer = LoadBalancer(node)
         self._programmer = programmer
         self._notify = notify
-        self._changes: list[Change] = []
+        self._changes: deque[Change] = deque()
+        self._unwritten: dict[Owner, tuple[Frontend, ...]] = {}
+        """What the datapath was to take and may not have."""
+        self._broken: dict[Owner, Exception] = {}
+        """Objects that the load balancer failed on: what they said before is served."""
+        self._untold: dict[tuple[Address, int, int], Backend] = {}
+        """Backends that are gone and whose sockets have not been told, by address, port and protocol."""
         self._complete = asyncio.Event()
         self._pruned = self._garbage = False
-        self._asked = self._done = 0
+        self._asked = self._tried = self._done = 0
         self._wake = asyncio.Event()
         self._passed = asyncio.Condition()
 
@@ -108,11 +120,14 @@ class Services:
         self._wake.set()
         return self._asked
 
-    async def programmed(self, number: int | None = None) -> None:
-        """Return once a pass that began after request ``number`` (by default all requests so far) has been written."""
+    async def programmed(self, number: int | None = None) -> bool:
+        """Return once a pass that began after request ``number`` (by default all requests so far) has ended: whether
+        it was written. If not, ``failures`` says why.
+        """
         wanted = self._asked if number is None else number
         async with self._passed:
-            await self._passed.wait_for(lambda: self._done >= wanted)
+            await self._passed.wait_for(lambda: self._tried >= wanted)
+        return self._done >= wanted
 
     @property
     def node(self) -> LocalNode:
@@ -123,14 +138,33 @@ class Services:
         """Take what is known of this node now."""
         if node != self._node:
             self._node = node
-            self._changes.append(lambda balancer: balancer.set_node(node))
+            self._changes.append((Owner("Node", "", node.name), lambda balancer: balancer.set_node(node)))
             self.request()
 
     def learn(self, cluster: ClusterObjects, endpoints: EndpointTable, keys: Iterable[ObjectKey]) -> None:
         """Take the objects of ``keys`` as they are now, those that are gone too."""
         if not self.enabled:
             return
-        found = [one for key in keys if key.kind in KINDS for one in self._change(cluster, endpoints, key)]
+        self._take([self._change(cluster, endpoints, key) for key in keys if key.kind in KINDS])
+
+    async def learn_in_turns(
+        self, cluster: ClusterObjects, endpoints: EndpointTable, keys: Iterable[ObjectKey]
+    ) -> None:
+        """Do as ``learn``, and let other tasks have their turns. All is one change: no pass sees a part of it.
+
+        ``cluster`` keeps still meanwhile, but pods come and go: they are looked at last, in one go.
+        """
+        if not self.enabled:
+            return
+        some = [key for key in keys if key.kind in KINDS]
+        found: list[Change] = []
+        await in_turns(
+            [key for key in some if key.kind != "Pod"],
+            lambda key: found.append(self._change(cluster, endpoints, key)),
+        )
+        self._take(found + [self._change(cluster, endpoints, key) for key in some if key.kind == "Pod"])
+
+    def _take(self, found: Collection[Change]) -> None:
         if found:
             self._changes += found
             self.request()
@@ -139,36 +173,46 @@ class Services:
         """Take a pod whose addresses have changed."""
         self.learn(cluster, endpoints, (ObjectKey("Pod", namespace, name),))
 
-    def _change(self, cluster: ClusterObjects, endpoints: EndpointTable, key: ObjectKey) -> list[Change]:
+    def _change(self, cluster: ClusterObjects, endpoints: EndpointTable, key: ObjectKey) -> Change:
         name = (key.namespace, key.name)
-        match key.kind:
+        return Owner(key.kind, *name), self._teach(cluster, endpoints, key.kind, name)
+
+    def _teach(
+        self, cluster: ClusterObjects, endpoints: EndpointTable, kind: str, name: tuple[str, str]
+    ) -> Callable[[LoadBalancer], object]:
+        match kind:
             case "Service":
                 service = cluster.services.get(name)
                 if service is None:
-                    return [lambda balancer: balancer.remove_service(name)]
-                return [lambda balancer: balancer.set_service(service)]
+                    return lambda balancer: balancer.remove_service(name)
+                return lambda balancer: balancer.set_service(service)
             case "EndpointSlice":
                 one = cluster.slices.get(name)
                 if one is None:
-                    return [lambda balancer: balancer.remove_slice(*name)]
-                return [lambda balancer: balancer.set_slice(one)]
+                    return lambda balancer: balancer.remove_slice(*name)
+                return lambda balancer: balancer.set_slice(one)
             case "CiliumLocalRedirectPolicy":
                 policy = cluster.redirects.get(name)
                 if policy is None:
-                    return [lambda balancer: balancer.remove_redirect(*name)]
-                return [lambda balancer: balancer.set_redirect(policy)]
+                    return lambda balancer: balancer.remove_redirect(*name)
+                return lambda balancer: balancer.set_redirect(policy)
         pod = self._pod(cluster, endpoints, name)
         if pod is None:
-            return [lambda balancer: balancer.remove_pod(*name)]
-        return [lambda balancer: balancer.set_pod(pod)]
+            return lambda balancer: balancer.remove_pod(*name)
+        return lambda balancer: balancer.set_pod(pod)
 
     def _pod(self, cluster: ClusterObjects, endpoints: EndpointTable, name: tuple[str, str]) -> PodPorts | None:
-        """Return a pod of this node, with the addresses that it was given here; None: not here, or it has ended."""
+        """Return a pod of this node, with the addresses that it has here; None: not here, or it has ended.
+
+        Its status may name an address long after it was given back here, even to another pod: that counts only where
+        nothing is given, on the host's network.
+        """
         pod = cluster.pods.get(name)
         if pod is None or pod.ports is None or pod.node_name != self._node.name:
             return None
-        given: tuple[Address, ...] = tuple(ip_address(one) for one in endpoints.addresses_of(*name))
-        return replace(pod.ports, addresses=given or pod.ports.addresses)
+        if pod.ports.host_network:
+            return pod.ports
+        return replace(pod.ports, addresses=tuple(ip_address(one) for one in endpoints.addresses_of(*name)))
 
     def begin(self) -> None:
         """Every source has reported."""
@@ -188,37 +232,71 @@ class Services:
                 continue
             self._wake.clear()
             number = self._asked
-            changes, self._changes = self._changes, []
             try:
-                self.last = await asyncio.to_thread(self._pass, changes)
-            except OSError as error:
+                await self._pass_once()
+                self._done = number
+            except Exception as error:  # whatever it is, the agent goes on and the services with it
                 self._failed(error)
-            self.health.want(self._balancer.health())
-            self._done = number
+            self._tried = number
             async with self._passed:
                 self._passed.notify_all()
 
-    def _pass(self, changes: Collection[Change]) -> ServicePass:
+    async def _pass_once(self) -> None:
+        changes, self._changes = self._changes, deque()
+        try:
+            self.last = await asyncio.to_thread(self._pass, changes)
+        finally:
+            self._changes.extendleft(reversed(changes))
+        if self.last.untold:
+            self._again()
+        self.health.want(self._balancer.health())
+
+    def _pass(self, changes: deque[Change]) -> ServicePass:
+        """Take changes, each of which is out of ``changes`` then, and bring what comes of them in force."""
         began = time.perf_counter()
-        for one in changes:
-            one(self._balancer)
+        while changes:
+            self._learn(*changes[0])
+            changes.popleft()
+        known = dict(self._balancer.broken)
         fresh = self._balancer.changes()
+        for owner, error in self._balancer.broken.items():
+            if known.get(owner) is not error:
+                log.error("object-not-served", object=str(owner), exc_info=error)
         for owner, frontends in fresh.items():
             self._note(owner, frontends)
-        outcome = self._programmer.apply(fresh, complete=not self._pruned)
+        self._unwritten |= fresh
+        for one in (backend for frontends in fresh.values() for at in frontends for backend in at.backends):
+            self._untold.pop(_end(one), None)
+        outcome = self._programmer.apply(self._unwritten, complete=not self._pruned)
+        self._unwritten = {}
         self._pruned, self._garbage = True, True
+        self._untold |= {_end(one): one for one in outcome.gone}
         return ServicePass(
             changed=len(fresh),
             took=time.perf_counter() - began,
-            error=self._tell(outcome.gone),
+            untold=self._tell(),
             refused=dict(outcome.problems),
-            problems=dict(self._balancer.problems()),
+            problems=_merged(self._balancer.problems(), self._broken | self._balancer.broken),
         )
 
-    def _failed(self, error: OSError) -> None:
-        """Have a pass repeated: the datapath knows what it has not taken."""
+    def _learn(self, owner: Owner, change: Callable[[LoadBalancer], object]) -> None:
+        """Take one change. One that fails is its object's problem until that changes, not that of all others."""
+        try:
+            change(self._balancer)
+        except Exception as error:
+            log.exception("object-not-served", object=str(owner))
+            self._broken[owner] = error
+        else:
+            self._broken.pop(owner, None)
+
+    def _failed(self, error: Exception) -> None:
+        """Have a pass repeated: what was not written is kept."""
         log.exception("services-failed")
-        self.last = replace(self.last, error=f"the datapath refused a change of services: {error}")
+        why = error if isinstance(error, OSError) else repr(error)
+        self.last = replace(self.last, error=f"the datapath refused a change of services: {why}")
+        self._again()
+
+    def _again(self) -> None:
         asyncio.get_running_loop().call_later(_AGAIN, self._wake.set)
 
     async def _collect(self) -> None:
@@ -226,19 +304,23 @@ class Services:
         self._garbage = False
         try:
             await asyncio.to_thread(self._programmer.collect)
-        except OSError as error:
+        except Exception as error:
             self._failed(error)
         if self._programmer.waiting:
             self._wake.set()
 
-    def _tell(self, gone: Collection[Backend]) -> str:
-        """Tell sockets that their backends are gone; return what is wrong. Their connections time out then."""
+    def _tell(self) -> str:
+        """Tell sockets that their backends are gone; return what is wrong: then they are told later."""
+        if not self._untold:
+            return ""
         try:
-            if gone:
-                self._notify(gone)
-        except OSError as error:
-            log.warning("sockets-not-told", problem=str(error))
-            return f"sockets of removed backends cannot be told: {error}"
+            self._notify(tuple(self._untold.values()))
+        except Exception as error:
+            problem = f"sockets of removed backends cannot be told: {error}"
+            if problem != self.last.untold:
+                log.warning("sockets-not-told", problem=str(error))
+            return problem
+        self._untold = {}
         return ""
 
     def _note(self, owner: Owner, frontends: tuple[Frontend, ...]) -> None:
@@ -254,11 +336,26 @@ class Services:
         """Return what is not served as written."""
         last = self.last
         found = [f"{owner}: {text}" for owner, texts in last.problems.items() for text in texts]
-        found += [f"{owner}: {text}" for owner, text in last.refused.items()]
         found += [f"{owner}: {text}" for owner, text in self.health.problems().items()]
-        return [*([last.error] if last.error else []), *sorted(found)]
+        return [*self.failures(), *([last.untold] if last.untold else []), *sorted(found)]
+
+    def failures(self) -> list[str]:
+        """Return what the datapath has not taken: the last pass as a whole, and single objects."""
+        refused = [f"{owner}: {text}" for owner, text in sorted(self.last.refused.items())]
+        return [*([self.last.error] if self.last.error else []), *refused]
 
     def problems_of(self, owner: Owner) -> list[str]:
         """Return what is not served as one object says."""
         refused = [text for text in (self.last.refused.get(owner), self.health.problems().get(owner)) if text]
         return [*self.last.problems.get(owner, ()), *refused]
+
+
+def _end(one: Backend) -> tuple[Address, int, int]:
+    return one.address, one.port, one.protocol
+
+
+def _merged(
+    problems: Mapping[Owner, tuple[str, ...]], broken: Mapping[Owner, Exception]
+) -> dict[Owner, tuple[str, ...]]:
+    texts = {owner: f"the load balancer fails on it: {error!r}" for owner, error in broken.items()}
+    return {**problems, **{owner: (*problems.get(owner, ()), text) for owner, text in texts.items()}}

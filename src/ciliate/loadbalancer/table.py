@@ -4,7 +4,7 @@ What is in force depends on the objects that there are, not on how they came: th
 A change costs what its own service, pod or policy costs, however many others there are.
 """
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Final, TypeVar
@@ -63,6 +63,8 @@ class LoadBalancer:
         self._stale_redirects: dict[_Key, None] = {}
         self._arbiter = Arbiter()
         self._health = _Health()
+        self.broken: dict[Owner, Exception] = {}
+        """Objects that ``changes`` failed on, a defect: what they said before is in force until they change."""
 
     # ---- what there is ---------------------------------------------------------------------------------------------
 
@@ -153,16 +155,24 @@ class LoadBalancer:
 
     def changes(self) -> Changes:
         """Return all frontends of every owner whose frontends changed since the last call."""
-        for key in self._stale_services:
-            self._rule_on_service(key)
-        for namespace, name in self._stale_pods:
-            self._rule_on_pod(namespace, name)
-        for namespace, name in self._stale_redirects:
-            self._rule_on_redirect(namespace, name)
+        self._rule("Service", self._stale_services, lambda namespace, name: self._rule_on_service((namespace, name)))
+        self._rule("Pod", self._stale_pods, self._rule_on_pod)
+        self._rule("CiliumLocalRedirectPolicy", self._stale_redirects, self._rule_on_redirect)
         self._stale_services.clear()
         self._stale_pods.clear()
         self._stale_redirects.clear()
         return self._arbiter.settle()
+
+    def _rule(self, kind: str, keys: Iterable[_Key], rule: Callable[[str, str], None]) -> None:
+        """Rule on objects. One that fails must not keep the others from being served."""
+        for key in keys:
+            owner = Owner(kind, *key)
+            try:
+                rule(*key)
+            except Exception as error:
+                self.broken[owner] = error
+            else:
+                self.broken.pop(owner, None)
 
     def health(self) -> Mapping[int, HealthCheck]:
         """Return what each ``healthCheckNodePort`` answers, as of the last call of ``changes``: a live view."""
