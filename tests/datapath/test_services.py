@@ -586,6 +586,23 @@ def test_an_address_goes_from_one_owner_to_another_without_a_gap(btf: Btf) -> No
     agree(node, {owner("b"): (new,)})
 
 
+def test_a_defect_half_way_is_made_up_for_by_the_next_call(btf: Btf) -> None:
+    node = Node(btf)
+    node.apply(frontend("a", "10.96.0.1", ONE))
+
+    def fail() -> None:
+        raise ValueError("a defect")
+
+    node.tables["frontends"].observer = fail
+    fresh = frontend("a", "10.96.0.1", TWO)
+    with pytest.raises(ValueError, match="a defect"):
+        node.apply(fresh)
+    assert node.services.waiting
+    node.observe(lambda: None)
+    node.services.apply({})
+    agree(node, {owner("a"): (fresh,)})
+
+
 # ---- clients -------------------------------------------------------------------------------------------------------
 
 
