@@ -179,7 +179,7 @@ def address_of(where: str, text: str) -> Address:
 
 
 def served_address_of(where: str, text: str) -> Address:
-    """Return an address that a frontend may have: the unspecified ones mean every address of a node in the datapath.
+    """Return an address that one thing may have: the unspecified ones mean every address of a node in the datapath.
     Error: ObjectError.
     """
     found = address_of(where, text)

@@ -172,8 +172,7 @@ def parse_service(raw: Mapping[str, Any]) -> Service:
     if headless and kind is not ServiceType.CLUSTER_IP:
         raise ObjectError(f"{what}: spec.clusterIP: None is for services of type ClusterIP, not {kind}")
     external = tuple(
-        served_address_of(f"{what}: spec.externalIPs[{index}]", text)
-        for index, text in enumerate(spec.external_ips or ())
+        address_of(f"{what}: spec.externalIPs[{index}]", text) for index, text in enumerate(spec.external_ips or ())
     )
     return Service(
         namespace=name_of(what, "metadata.namespace", metadata.namespace),
@@ -277,7 +276,7 @@ def _ingress(what: str, status: _ServiceStatus | None) -> Iterator[Address]:
         if one.ip_mode not in (None, "", "VIP", "Proxy"):
             raise ObjectError(f"{where}.ipMode: {one.ip_mode!r} is none of VIP, Proxy")
         if one.ip and one.ip_mode != "Proxy":
-            yield served_address_of(f"{where}.ip", one.ip)
+            yield address_of(f"{where}.ip", one.ip)
 
 
 # ---- EndpointSlices ------------------------------------------------------------------------------------------------
