@@ -137,7 +137,6 @@ def test_affinity_has_its_default_timeout_when_none_is_set() -> None:
         ("{externalIPs: ['::ffff:10.96.0.1'], ports: [{port: 80}]}", "spec.externalIPs[0]: '::ffff:10.96.0.1' is IPv4"),
         ("{externalIPs: ['::ffff:0.0.0.0'], ports: [{port: 80}]}", "spec.externalIPs[0]: '::ffff:0.0.0.0' is IPv4-map"),
         (
-            "{externalIPs: [10.0.0.1, '::'], ports: [{port: 80}]}",
             "spec.externalIPs[1]: '::' is the unspecified",
         ),
         ("{clusterIP: '::ffff:10.96.0.1', ports: [{port: 80}]}", "spec.clusterIPs[0]: '::ffff:10.96.0.1' is IPv4-map"),

@@ -356,9 +356,10 @@ class Agent:
                 self.cluster.forget(key)
             for one in read:
                 self.cluster.learn(one)
-            self.cluster.settle(found.objects.keys(), unreadable=bool(found.problems))
+            lingering = self.cluster.settle(found.objects.keys(), unreadable=bool(found.problems))
+            await asyncio.to_thread(self.cluster.write)
             await self._label_node()
-            self.services.learn(self.cluster, self.endpoints, {*found.changed, *found.removed})
+            self.services.learn(self.cluster, self.endpoints, {*found.changed, *found.removed, *lingering})
             self._want()
             await self._identify_all({*found.changed, *found.removed})
             return self.enforcement.request()
