@@ -250,6 +250,7 @@ class ClusterObjects:
         nothing names now may be in there: they stay. Else they were deleted while no agent ran.
         """
         named = {(one.kind, one.namespace, one.name) for one in present}
+        policies = {key for key in named if key[0] in POLICY_KINDS}
         changed: set[ObjectKey] = set()
         if not unreadable:
             changed = {ObjectKey(*key) for key in self.lingering - named}
@@ -257,10 +258,10 @@ class ClusterObjects:
                 self.forget(one)
             self.lingering = set()
             if not self._settled:
-                self._last_valid.prune(named)
+                self._last_valid.prune(policies)
                 self._journal.prune(named)
         elif not self._settled:
-            for document in self._last_valid.others(named):
+            for document in self._last_valid.others(policies):
                 self._linger(document)
             for key, document in self._journal.others(named):
                 if (value := self._before(key, document)) is not None:
