@@ -136,7 +136,6 @@ def test_affinity_has_its_default_timeout_when_none_is_set() -> None:
         ("{externalIPs: ['fe80::1%eth0'], ports: [{port: 80}]}", "spec.externalIPs[0]: 'fe80::1%eth0' has a zone"),
         ("{externalIPs: ['::ffff:10.96.0.1'], ports: [{port: 80}]}", "spec.externalIPs[0]: '::ffff:10.96.0.1' is IPv4"),
         ("{externalIPs: ['::ffff:0.0.0.0'], ports: [{port: 80}]}", "spec.externalIPs[0]: '::ffff:0.0.0.0' is IPv4-map"),
-        ("spec.externalIPs[1]: '::' is the unspecified",),
         ("{clusterIP: '::ffff:10.96.0.1', ports: [{port: 80}]}", "spec.clusterIPs[0]: '::ffff:10.96.0.1' is IPv4-map"),
         ("{clusterIP: 0.0.0.0, ports: [{port: 80}]}", "spec.clusterIPs[0]: '0.0.0.0' is the unspecified address"),
         ("{loadBalancerSourceRanges: ['::ffff:10.0.0.0/104'], ports: [{port: 80}]}", "SourceRanges[0]: '::ffff:10.0.0"),
