@@ -1,6 +1,5 @@
 """Taking a cluster's cgroups away, whatever is in them."""
 
-import os
 import subprocess
 import sys
 import uuid
@@ -11,7 +10,7 @@ import pytest
 from ciliate.datapath.cgroupfs import find_mount
 from ciliate.lab import cgroups
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+pytestmark = pytest.mark.root
 
 
 @pytest.fixture
