@@ -59,14 +59,21 @@ def test_documents_are_printed_whole(agent, ciliate, output, load):
 
 
 def test_get_shows_policies_frontends_backends_and_problems(agent, ciliate):
-    agent.answers["services/web"] = (200, WEB | {"others": ["Service shop/web"], "problems": ["one", "two"]})
+    agent.answers["services/web"] = (
+        200,
+        WEB | {"others": ["Service shop/web", "Pod x/web"], "problems": ["one", "two"]},
+    )
     text = ciliate("service", "get", "web").stdout
+    assert "\n\nalso: Service shop/web\nalso: Pod x/web\n\nproblems:\n  one\n  two\n" in text
     for part in (
         "default/web (Service)", "maglev", "dsr", "keeps its backend for 60 s", "only from:", "10.0.0.0/8",
-        "port 32000", "10.1.0.7:8080/TCP", "n1 (this node)", "[fd00::7]:8080/TCP", "draining", "also: Service shop/web",
-        "problems:\n  one\n  two",
+        "port 32000", "10.1.0.7:8080/TCP", "n1 (this node)", "[fd00::7]:8080/TCP", "draining",
     ):  # fmt: skip
         assert part in text
+    agent.answers["services/web"] = (200, WEB | {"source_deny": True})
+    text = ciliate("service", "get", "web").stdout
+    assert "not from:               10.0.0.0/8" in text
+    assert "only from" not in text
 
 
 def test_an_unknown_service_is_an_error_of_one_line(agent, ciliate):
@@ -89,12 +96,15 @@ def test_rows_of_the_maps_are_shown(agent, ciliate):
         "set": 7, "slots": 2, "affinity": 0, "flags": ["maglev"],
         "backends": [{"backend": 1, "address": "10.1.0.7", "port": 8080, "protocol": "TCP", "flags": [], "slots": 2}],
     }  # fmt: skip
-    agent.answers["bpf/lb"] = (200, [row, row | {"address": "10.96.0.11"}])
+    agent.answers["bpf/lb"] = (200, [row])
     text = ciliate("bpf", "lb", "list", "--frontend", "10.96.0.10").stdout
     assert text.splitlines()[1].split() == [
         "10.96.0.10:80/TCP", "cluster", "default/web", "7", "maglev", "10.1.0.7:8080", "(2)",
     ]  # fmt: skip
-    assert "10.96.0.11" not in text
+    assert agent.asked[-1] == "/v1/bpf/lb?limit=100000&address=10.96.0.10"
+    assert ciliate("bpf", "lb", "list", "--frontend", "fd00:0::a").returncode == 0
+    assert agent.asked[-1] == "/v1/bpf/lb?limit=100000&address=fd00%3A%3Aa"
+    assert "'web' is no address" in ciliate("bpf", "lb", "list", "--frontend", "web").stderr
     assert json.loads(ciliate("bpf", "lb", "list", "-o", "json").stdout)[0] == row
     agent.answers["bpf/lb-backends"] = (200, row["backends"])
     assert "10.1.0.7" in ciliate("bpf", "lb", "backends").stdout

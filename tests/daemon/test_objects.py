@@ -155,3 +155,74 @@ def test_an_invalid_service_stays_what_it_was(tmp_path: Path) -> None:
     learn(objects, service("a") | {"spec": {"type": "Magic", "ports": [{"port": 80}]}})
     assert objects.services["default", "a"].ports[0].port == 80
     assert "Service default/a: spec.type: 'Magic' is none of" in str(objects.rejected["Service", "default", "a"])
+
+
+def redirect() -> dict[str, Any]:
+    ports = [{"port": "80", "protocol": "TCP"}]
+    spec = {
+        "redirectFrontend": {"addressMatcher": {"ip": "10.96.0.53", "toPorts": ports}},
+        "redirectBackend": {"localEndpointSelector": {"matchLabels": {"app": "dns"}}, "toPorts": ports},
+    }
+    return {"kind": "CiliumLocalRedirectPolicy", "metadata": {"name": "dns"}, "spec": spec}
+
+
+SERVED = (service("web"), endpoint_slice("web-1", "web", "10.1.0.7"), redirect())
+
+
+def served(objects: ClusterObjects) -> tuple[Any, ...]:
+    return dict(objects.services), dict(objects.slices), dict(objects.redirects)
+
+
+def restarted(objects: ClusterObjects, folder: Path) -> ClusterObjects:
+    objects.write()
+    return ClusterObjects(folder)
+
+
+def test_what_is_served_keeps_its_last_valid_form_over_restarts(tmp_path: Path) -> None:
+    objects = ClusterObjects(tmp_path)
+    learn(objects, *SERVED)
+    valid = served(objects)
+    broken = [one | {"spec": 3, "addressType": "none"} for one in SERVED]
+    for _ in range(3):
+        learn(objects, *broken)
+        assert served(objects) == valid
+        assert [one.instead for one in objects.rejected.values()] == [LAST_VALID] * 3
+        objects = restarted(objects, tmp_path)
+    learn(objects, *SERVED)
+    assert not objects.rejected
+
+
+def test_what_is_served_and_never_was_valid_has_nothing_in_force(tmp_path: Path) -> None:
+    objects = ClusterObjects(tmp_path)
+    learn(objects, *(one | {"spec": 3, "addressType": "none"} for one in SERVED))
+    assert served(objects) == ({}, {}, {})
+    assert [one.instead for one in objects.rejected.values()] == [""] * 3
+
+
+def test_what_an_unreadable_file_served_stays_over_a_restart_until_it_can_be_read(tmp_path: Path) -> None:
+    objects = ClusterObjects(tmp_path)
+    learn(objects, *SERVED)
+    valid = served(objects)
+    objects = restarted(objects, tmp_path)
+    keys = {object_key(one) for one in SERVED}
+    assert objects.settle(set(), unreadable=True) == keys
+    assert served(objects) == valid
+    assert {str(one) for one in objects.rejected.values()} == {
+        "its file cannot be read (its last valid form stays in force)"
+    }
+    learn(objects, SERVED[0], unreadable=True)
+    assert objects.settle({object_key(SERVED[0])}, unreadable=False) == keys - {object_key(SERVED[0])}
+    assert served(objects) == (valid[0], {}, {})
+    assert not objects.rejected
+    objects = restarted(objects, tmp_path)
+    assert objects.settle(set(), unreadable=True) == {object_key(SERVED[0])}
+
+
+def test_what_was_served_and_deleted_while_no_agent_ran_is_gone(tmp_path: Path) -> None:
+    objects = ClusterObjects(tmp_path)
+    learn(objects, *SERVED)
+    objects = restarted(objects, tmp_path)
+    learn(objects)
+    assert served(objects) == ({}, {}, {})
+    objects.write()
+    assert not list(tmp_path.iterdir())

@@ -500,6 +500,20 @@ async def test_documents_show_frontends_backends_and_what_is_wrong(tmp_path: Pat
     assert "spec.type: 'Magic'" in documents["bad"]["problems"][0]
 
 
+async def test_a_document_says_whether_its_ranges_may_ask_or_may_not(tmp_path: Path) -> None:
+    async with running(tmp_path) as world:
+        spec = {"type": "LoadBalancer", "loadBalancerSourceRanges": ["192.0.2.0/24"]}
+        status = {"status": {"loadBalancer": {"ingress": [{"ip": "198.51.100.1"}]}}}
+        other = {"status": {"loadBalancer": {"ingress": [{"ip": "198.51.100.2"}]}}}
+        denying = service("no", clusterIP="10.96.0.11", **spec) | other
+        denying["metadata"]["annotations"] = {"service.cilium.io/src-ranges-policy": "deny"}
+        world.learn(service(**spec) | status, denying)
+        world.services.begin()
+        await world.services.programmed()
+        view = world.view()
+    assert (view.named("web")["source_deny"], view.named("no")["source_deny"]) == (False, True)
+
+
 async def test_a_name_without_namespace_means_default_first(tmp_path: Path) -> None:
     async with running(tmp_path) as world:
         shop = service(clusterIP="10.96.0.12")

@@ -669,7 +669,8 @@ def test_documents_tell_what_the_maps_hold(btf: Btf) -> None:
     ranged = frontend("a", "0.0.0.0", scope=Scope.EXTERNAL, source_ranges=(IPv4Network("192.0.2.0/24"),))
     node.apply(one, ranged)
     node.tables["translations"].set({"client_port": 1, "dir": 1}, {"backend": 1, "service": 1, "flags": 5})
-    found = documents(node.tables, btf, name=lambda number: f"service-{number}")
+    kinds = ("frontends", "source_ranges", "skips", "translations")
+    found = {kind: documents(node.tables, btf, kind, name=lambda number: f"service-{number}") for kind in kinds}
     first, second = sorted(found["frontends"], key=lambda row: row["scope"])
     assert (first["address"], first["port"], first["scope"], first["slots"]) == ("10.96.0.1", 80, "cluster", 3)
     assert [(b["address"], b["slots"], b["flags"]) for b in first["backends"]] == [
@@ -683,10 +684,21 @@ def test_documents_tell_what_the_maps_hold(btf: Btf) -> None:
     (translation,) = found["translations"]
     assert (translation["direction"], translation["live"], translation["flags"]) == ("back", True, ["snat", "hairpin"])
     assert translation["name"] == "service-1"
-    assert len(documents(node.tables, btf, limit=1)["frontends"]) == 1
+    assert len(documents(node.tables, btf, "frontends", limit=1)) == 1
+    for address in ("10.96.0.1", "0.0.0.0"):  # whichever comes first, the limit is of those that were asked for
+        (row,) = documents(node.tables, btf, "frontends", limit=1, address=address)
+        assert row["address"] == address
+    assert documents(node.tables, btf, "frontends", address="::") == []
     node.tables["socket_peers"].set({"socket": 7, "protocol": UDP}, {"backend": 99})
-    (peer,) = documents(node.tables, btf)["socket_peers"]
+    (peer,) = documents(node.tables, btf, "socket_peers")
     assert (peer["socket"], peer["protocol"], peer["live"]) == (7, UDP, False)
+
+
+def test_documents_of_one_map_do_not_read_the_others(btf: Btf) -> None:
+    node = Node(btf)
+    node.apply(frontend("a", "10.96.0.1", backend(1), skips=(POD,)))
+    (row,) = documents({"skips": node.tables["skips"]}, btf, "skips")
+    assert row["netns"] == COOKIE
 
 
 # ---- the kernel's maps ---------------------------------------------------------------------------------------------

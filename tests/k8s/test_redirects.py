@@ -74,6 +74,14 @@ def backend(selector: str, ports: str = "[{port: '1', protocol: TCP}]") -> str:
         (SERVICE, "missing required field `redirectBackend`"),
         (frontend("{}"), "spec.redirectFrontend: one of addressMatcher, serviceMatcher must be set"),
         (frontend("{addressMatcher: {ip: x, toPorts: [{port: '1', protocol: TCP}]}}"), "addressMatcher.ip: 'x'"),
+        (
+            frontend("{addressMatcher: {ip: '::ffff:10.96.0.1', toPorts: [{port: '1', protocol: TCP}]}}"),
+            "addressMatcher.ip: '::ffff:10.96.0.1' is IPv4-mapped; write 10.96.0.1",
+        ),
+        (
+            frontend("{addressMatcher: {ip: 0.0.0.0, toPorts: [{port: '1', protocol: TCP}]}}"),
+            "addressMatcher.ip: '0.0.0.0' is the unspecified address",
+        ),
         (frontend("{addressMatcher: {ip: 1.1.1.1, toPorts: []}}"), "addressMatcher.toPorts: must be set"),
         (frontend("{serviceMatcher: {serviceName: a, namespace: other}}"), "serviceMatcher.namespace: 'other'"),
         (frontend("{serviceMatcher: {serviceName: A_B, namespace: shop}}"), "serviceMatcher.serviceName: 'A_B'"),

@@ -134,6 +134,11 @@ def test_affinity_has_its_default_timeout_when_none_is_set() -> None:
         ("{clusterIP: None, type: NodePort}", "spec.clusterIP: None is for services of type ClusterIP"),
         ("{externalIPs: [x], ports: [{port: 80}]}", "spec.externalIPs[0]: 'x' is no address"),
         ("{externalIPs: ['fe80::1%eth0'], ports: [{port: 80}]}", "spec.externalIPs[0]: 'fe80::1%eth0' has a zone"),
+        ("{externalIPs: ['::ffff:10.96.0.1'], ports: [{port: 80}]}", "spec.externalIPs[0]: '::ffff:10.96.0.1' is IPv4"),
+        ("{externalIPs: ['::ffff:0.0.0.0'], ports: [{port: 80}]}", "spec.externalIPs[0]: '::ffff:0.0.0.0' is IPv4-map"),
+        ("{clusterIP: '::ffff:10.96.0.1', ports: [{port: 80}]}", "spec.clusterIPs[0]: '::ffff:10.96.0.1' is IPv4-map"),
+        ("{clusterIP: 0.0.0.0, ports: [{port: 80}]}", "spec.clusterIPs[0]: '0.0.0.0' is the unspecified address"),
+        ("{loadBalancerSourceRanges: ['::ffff:10.0.0.0/104'], ports: [{port: 80}]}", "SourceRanges[0]: '::ffff:10.0.0"),
         ("{sessionAffinity: Cookie, ports: [{port: 80}]}", "spec.sessionAffinity: 'Cookie'"),
         (
             "{sessionAffinity: ClientIP, sessionAffinityConfig: {clientIP: {timeoutSeconds: 0}}, ports: [{port: 80}]}",
@@ -156,7 +161,11 @@ def test_invalid_service_names_object_and_field(spec: str, where: str) -> None:
 
 def test_invalid_ingress_is_named() -> None:
     ports = {"ports": [{"port": 80}]}
-    for ingress, where in (({"ip": "x"}, "ingress[0].ip: 'x'"), ({"ip": "1.1.1.1", "ipMode": "Magic"}, "ipMode")):
+    for ingress, where in (
+        ({"ip": "x"}, "ingress[0].ip: 'x'"),
+        ({"ip": "1.1.1.1", "ipMode": "Magic"}, "ipMode"),
+        ({"ip": "::ffff:1.1.1.1"}, "ingress[0].ip: '::ffff:1.1.1.1' is IPv4-mapped; write 1.1.1.1"),
+    ):
         raw = {"kind": "Service", "metadata": {"name": "web"}, "spec": ports}
         with pytest.raises(ObjectError, match=r"Service default/web: status\.loadBalancer") as caught:
             parse_service(raw | {"status": {"loadBalancer": {"ingress": [ingress]}}})
@@ -221,6 +230,8 @@ def test_slice_of_names_has_no_endpoints() -> None:
             "endpoints[0].addresses[0]: ::1 is not of the slice",
         ),
         ("{addressType: IPv4, endpoints: [{addresses: [x]}]}", "endpoints[0].addresses[0]: 'x' is no address"),
+        ("{addressType: IPv6, endpoints: [{addresses: ['::ffff:10.1.0.7']}]}", "'::ffff:10.1.0.7' is IPv4-mapped"),
+        ("{addressType: IPv4, endpoints: [{addresses: [0.0.0.0]}]}", "addresses[0]: '0.0.0.0' is the unspecified"),
         ("{addressType: IPv4, ports: [{port: 65536}]}", "ports[0].port: 65536"),
         ("{addressType: IPv4, ports: [{port: 1, protocol: ICMP}]}", "ports[0].protocol: 'ICMP'"),
         ("{addressType: IPv4, ports: [{port: 1}, {port: 2}]}", "ports[1].name: None is there twice"),
@@ -296,6 +307,7 @@ def test_pod_without_a_status_is_ready_and_one_that_has_ended_serves_nothing() -
     [
         ("{containerPort: 80, hostPort: 65536}", "ports[0].hostPort: 65536"),
         ("{containerPort: 80, hostPort: 80, hostIP: x}", "ports[0].hostIP: 'x' is no address"),
+        ("{containerPort: 80, hostPort: 80, hostIP: '::ffff:0.0.0.0'}", "hostIP: '::ffff:0.0.0.0' is IPv4-mapped"),
     ],
 )
 def test_invalid_host_port_names_pod_and_field(port: str, where: str) -> None:

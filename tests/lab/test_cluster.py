@@ -251,3 +251,32 @@ def test_every_node_sees_where_a_policy_is_enforced(lab, space):
 
     wanted = ("enforced", {"enforced": 2, "total": 2, "missing": []})
     assert settles(states, [wanted, wanted]) == [wanted, wanted]
+
+
+def test_a_file_that_cannot_be_read_ends_no_service_when_the_agent_starts_anew(lab, space):
+    web = {"kind": "Service", "apiVersion": "v1", "metadata": {"name": "web", "namespace": space}}
+    web["spec"] = {"clusterIP": "10.96.0.77", "ports": [{"port": 80}]}
+    backends = {
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": {"name": "web-1", "namespace": space, "labels": {"kubernetes.io/service-name": "web"}},
+        "addressType": "IPv4",
+        "ports": [{"port": 8080}],
+        "endpoints": [{"addresses": ["192.0.2.7"]}],
+    }
+    lab.apply(web, backends)
+    rows = lab.json("bpf", "lb", "list", "--frontend", "10.96.0.77", "--node", "n1")
+    assert [one["address"] for row in rows for one in row["backends"]] == ["192.0.2.7"]
+    files = list(Path(f"/run/ciliate-lab/{lab.name}/manifests").glob(f"*.{space}.web*.json"))
+    texts = {path: path.read_text() for path in files}
+    assert len(texts) == 2
+    lab.run("lab", "agent", "stop", "n1")
+    try:
+        for path in texts:
+            path.write_text("{")
+        lab.run("lab", "agent", "start", "n1")
+        assert lab.json("bpf", "lb", "list", "--frontend", "10.96.0.77", "--node", "n1") == rows
+        assert "its last valid form stays in force" in lab.try_("service", "list", "--node", "n1").stderr
+    finally:
+        for path, text in texts.items():
+            path.write_text(text)

@@ -355,6 +355,28 @@ def test_reads_requests_from_the_spec_and_both_annotations() -> None:
         requested_addresses("", {"lbipam.cilium.io/ips": "nonsense"})
 
 
+@pytest.mark.parametrize(
+    ("cidr", "start", "stop"),
+    [
+        ("::ffff:192.0.2.0/120", "", ""),
+        ("::/0", "", ""),
+        ("", "::ffff:192.0.2.1", ""),
+        ("", "::1", "::ffff:192.0.2.1"),
+        ("", "::1", "::1:0:0:0"),
+    ],
+)
+def test_a_block_has_no_address_of_the_other_family(cidr: str, start: str, stop: str) -> None:
+    with pytest.raises(ValueError, match="IPv4-mapped"):
+        block_of(cidr, start, stop)
+
+
+def test_a_service_asks_for_no_address_that_means_another_in_the_maps() -> None:
+    for text, problem in (("::ffff:192.0.2.1", "IPv4-mapped; write 192.0.2.1"), ("0.0.0.0", "unspecified")):
+        for spec, notes in ((text, {}), ("", {"lbipam.cilium.io/ips": text})):
+            with pytest.raises(ValueError, match=problem):
+                requested_addresses(spec, notes)
+
+
 def test_reads_who_shares() -> None:
     notes = {"lbipam.cilium.io/sharing-key": "k", "lbipam.cilium.io/sharing-cross-namespace": "a, b"}
     assert sharing_of(notes) == ("k", frozenset({"a", "b"}))

@@ -284,9 +284,16 @@ def test_names_one_service_for_a_health_check_port_that_two_have() -> None:
         )
     table.changes()
     assert table.health()[32000].owner.name == "a"
+    assert table.problems() == {
+        Owner("Service", "n", "b"): ("healthCheckNodePort 32000: Service n/a answers on it",),
+    }
     table.remove_service(("n", "a"))
     table.changes()
     assert table.health()[32000].owner.name == "b"
+    assert table.problems() == {}
+    table.remove_service(("n", "b"))
+    table.changes()
+    assert table.idle
 
 
 def test_removes_what_is_not_there_without_a_word() -> None:

@@ -3,6 +3,7 @@
 import enum
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from ipaddress import ip_address
 from typing import Annotated, Any, Final
 
 import typer
@@ -156,7 +157,7 @@ def service_text(document: Document) -> str:
     if seconds := document.get("affinity_seconds"):
         lines.append(("affinity", f"a client keeps its backend for {seconds} s"))
     if ranges := document.get("source_ranges"):
-        lines.append(("only from", ", ".join(ranges)))
+        lines.append(("not from" if document.get("source_deny") else "only from", ", ".join(ranges)))
     if port := document.get("health_check_port"):
         lines.append(("health check", f"port {port}"))
     text = "".join(f"{title + ':':<24}{value}\n" for title, value in lines)
@@ -179,8 +180,8 @@ def service_text(document: Document) -> str:
         text += "\n" + table(("backend", "state", "weight", "pod", "node", "zone"), backends)
     else:
         text += "backends: none\n"
-    for other in document.get("others") or ():
-        text += f"\nalso: {other}"
+    for index, other in enumerate(document.get("others") or ()):
+        text += f"{'' if index else chr(10)}also: {other}\n"
     for index, problem in enumerate(document.get("problems") or ()):
         text += f"{'' if index else chr(10) + 'problems:' + chr(10)}  {problem}\n"
     return text
@@ -205,11 +206,18 @@ def lb_list(
 
       ciliate bpf lb list --frontend 10.96.0.10 --node n2
     """
-    rows: list[dict[str, Any]] = agent(socket, node, cluster).get(f"bpf/lb?limit={limit}")
-    rows = [row for row in rows if frontend in (None, row.get("address"))]
+    query = f"limit={limit}" + (f"&address={_address(frontend)}" if frontend is not None else "")
+    rows: list[dict[str, Any]] = agent(socket, node, cluster).get(f"bpf/lb?{query}")
     if output is Output.table:
         rows = [_frontend_row(row) for row in sorted(rows, key=lambda one: str(one.get("name")))]
     emit_rows(rows, output)
+
+
+def _address(text: str) -> str:
+    try:
+        return str(ip_address(text))
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is no address", param_hint="--frontend") from error
 
 
 def _frontend_row(row: Document) -> dict[str, Any]:

@@ -352,9 +352,11 @@ class Agent:
             found = await asyncio.to_thread(self.manifests.scan)
             self.unreadable = {str(file): text for file, text in found.problems.items()}
             read = await asyncio.to_thread(self._read, found)
-            await self.cluster.learn_all(found, read)
+            lingering = await self.cluster.learn_all(found, read)
+            await asyncio.to_thread(self.cluster.write)
             await self._label_node()
-            await self.services.learn_in_turns(self.cluster, self.endpoints, {*found.changed, *found.removed})
+            changed = {*found.changed, *found.removed, *lingering}
+            await self.services.learn_in_turns(self.cluster, self.endpoints, changed)
             await self.cluster.refresh_facts()
             self._want()
             await self._identify_all({*found.changed, *found.removed})

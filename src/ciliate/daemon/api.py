@@ -36,13 +36,14 @@ def application(
     health: Answer,
     answers: dict[str, Answer],
     endpoint: Callable[[str], Any],
-    table: Callable[[str, int], Any],
+    table: Callable[[str, int, str], Any],
     hub: Hub,
     sync: Callable[[], Awaitable[Any]],
     cni: Callable[[CniCall], Awaitable[Any]],
     more: Sequence[Route] = (),
 ) -> Starlette:
-    """Return the application. ``answers``: path below /v1 -> what GET returns; ``table``: rows of a BPF table.
+    """Return the application. ``answers``: path below /v1 -> what GET returns; ``table``: rows of a BPF
+    table, by its name, how many at most, and of which address ("": of all).
 
     ``more``: routes of other modules.
     """
@@ -66,11 +67,12 @@ def application(
     async def get_table(request: Request) -> Response:
         try:
             limit = int(request.query_params.get("limit", "100000"))
-            return json_response(await asyncio.to_thread(table, request.path_params["name"], limit))
+            address = request.query_params.get("address", "")
+            return json_response(await asyncio.to_thread(table, request.path_params["name"], limit, address))
         except Unknown as error:
             return json_response({"error": str(error)}, 404)
         except ValueError as error:
-            return json_response({"error": f"limit: {error}"}, 400)
+            return json_response({"error": str(error)}, 400)
 
     async def post_sync(_: Request) -> Response:
         return json_response(await sync())

@@ -52,7 +52,7 @@ class LastValid:
         """Forget all but ``keys``. Error: OSError."""
         named = {self._path(key) for key in keys}
         for path in self._folder.iterdir():
-            if path not in named:
+            if path not in named and path.suffix in (".json", ".new"):
                 path.unlink(missing_ok=True)
 
 

@@ -84,10 +84,10 @@ def _application(agent: Agent):  # type: ignore[no-untyped-def]
                 return documents.endpoint_document(agent, one)
         raise Unknown(f"no endpoint {wanted}: give an id, NAMESPACE/POD or a container id")
 
-    def table(name: str, limit: int) -> object:
+    def table(name: str, limit: int, address: str) -> object:
         if name not in TABLES:
             raise Unknown(f"no table {name}: there are {', '.join(TABLES)}")
-        return table_rows(agent, name, limit)
+        return table_rows(agent, name, limit, address)
 
     return application(
         health=agent.health,

@@ -3,7 +3,7 @@
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, Final
@@ -11,6 +11,7 @@ from typing import Any, Final
 import msgspec
 import structlog
 
+from ciliate.daemon.journal import Journal
 from ciliate.daemon.lastvalid import LastValid
 from ciliate.daemon.turns import in_turns
 from ciliate.identity.labels import k8s
@@ -26,6 +27,7 @@ from ciliate.policy.rules import CidrGroup, PolicyError, PolicyObject, ServiceFa
 
 log = structlog.get_logger()
 Key = tuple[str, str, str]
+Served = Service | EndpointSlice | LocalRedirectPolicy
 POLICY_KINDS: Final = frozenset(API_VERSIONS)
 _BULK: Final = frozenset({"Service", "EndpointSlice"})
 """Kinds of which there may be tens of thousands."""
@@ -38,6 +40,8 @@ _PARSERS: Final[Mapping[str, Callable[[Mapping[str, Any]], Any]]] = {
     "CiliumLocalRedirectPolicy": parse_local_redirect,
     "CiliumCIDRGroup": lambda document: parse_cidr_group(document, strict=False),
 }
+SERVED_KINDS: Final = frozenset({"Service", "EndpointSlice", "CiliumLocalRedirectPolicy"})
+"""Kinds whose last valid form outlives the agent: without it a restart would end what is served."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,13 +70,14 @@ class Read:
 
 LAST_VALID = "its last valid form"
 CLOSED = "default deny for what it selects"
+_UNREADABLE: Final = Rejected(problem="its file cannot be read", instead=LAST_VALID)
 
 
 class ClusterObjects:
     """Typed objects of the cluster by name. An object that turns invalid keeps its last valid form."""
 
     def __init__(self, folder: Path) -> None:
-        """``folder``: where last valid policies are kept. Error: OSError."""
+        """``folder``: where last valid forms are kept. Error: OSError."""
         self.pods: dict[tuple[str, str], Pod] = {}
         self.namespaces: dict[tuple[str, str], Namespace] = {}
         self.nodes: dict[tuple[str, str], NodeObject] = {}
@@ -89,8 +94,9 @@ class ClusterObjects:
         self.digests: dict[Key, str] = {}
         """Of each policy's document as it is written, valid or not: nodes that name the same one agree."""
         self.lingering: set[Key] = set()
-        """Policies that only the last valid forms name, since some input cannot be read."""
+        """Objects that only the last valid forms name, since some input cannot be read."""
         self._last_valid = LastValid(folder)
+        self._journal = Journal(folder / "services.journal")
         self._facts: dict[tuple[str, str], ServiceFacts] = {}
         self._slices_of: dict[tuple[str, str], set[tuple[str, str]]] = defaultdict(set)
         """Names of a Service's EndpointSlices."""
@@ -107,21 +113,39 @@ class ClusterObjects:
         try:
             match key.kind:
                 case kind if kind in API_VERSIONS:
-                    policy = parse_object(document, strict=False)
+                    valid = parse_object(document, strict=False)
                     self._last_valid.keep(name, document)
-                    return Read(name=name, value=policy, document=document)
+                    return Read(name=name, value=valid, document=document)
                 case kind if kind in _PARSERS:
-                    return Read(name=name, value=_PARSERS[kind](document))
+                    value = _PARSERS[kind](document)
+                    if kind in SERVED_KINDS:
+                        self._journal.keep(name, document)
+                    return Read(name=name, value=value)
                 case _:
                     return None
         except ObjectError as error:
-            return Read(name=name, value=None, rejected=Rejected(problem=str(error)))
+            before = self._before(name, self._journal.get(name))
+            instead = LAST_VALID if before is not None else ""
+            return Read(name=name, value=before, rejected=Rejected(problem=str(error), instead=instead))
         except PolicyError as error:
             if key.kind not in API_VERSIONS:
                 return Read(name=name, value=None, rejected=Rejected(problem=str(error)))
-            value, instead = self._instead(name, document)
+            policy, instead = self._instead(name, document)
             rejected = Rejected(problem=str(error), instead=instead)
-            return Read(name=name, value=value, document=document, rejected=rejected)
+            return Read(name=name, value=policy, document=document, rejected=rejected)
+
+    def _before(
+        self, name: Key, document: Mapping[str, Any] | None
+    ) -> Service | EndpointSlice | LocalRedirectPolicy | None:
+        """Return what a former agent has left of an object; None: nothing that is valid."""
+        if document is None:
+            return None
+        try:
+            found: Served = _PARSERS[name[0]](document)
+        except ObjectError as error:  # a newer agent may be stricter than the one that kept it
+            log.error("last-valid-invalid", object=name, problem=str(error))
+            return None
+        return found
 
     def _instead(self, name: Key, document: Mapping[str, Any]) -> tuple[PolicyObject | None, str]:
         """What is in force for an invalid policy."""
@@ -148,14 +172,16 @@ class ClusterObjects:
         elif one.value is not None:
             self._note(kind, (namespace, name), one.value)
             self._kept(kind)[namespace, name] = one.value
-        if one.rejected is None:
+        if (rejected := one.rejected) is None:
             self.rejected.pop(one.name, None)
             return
-        self.rejected[one.name] = one.rejected
-        log.warning("object-rejected", kind=kind, namespace=namespace, name=name, problem=str(one.rejected))
+        if kind in _PARSERS and not rejected.instead and (namespace, name) in self._kept(kind):
+            rejected = replace(rejected, instead=LAST_VALID)
+        self.rejected[one.name] = rejected
+        log.warning("object-rejected", kind=kind, namespace=namespace, name=name, problem=str(rejected))
 
-    async def learn_all(self, found: ScanResult, read: Collection[Read]) -> None:
-        """Take what a scan has found and ``read`` has read. Error: OSError.
+    async def learn_all(self, found: ScanResult, read: Collection[Read]) -> set[ObjectKey]:
+        """Take what a scan has found and ``read`` has read; return what ``settle`` does. Error: OSError.
 
         Services and their slices may be tens of thousands, so they are taken in turns with other tasks; the rest goes
         at once: no one may see some of the policies that changed together.
@@ -168,7 +194,7 @@ class ClusterObjects:
         for one in read:
             if one.name[0] not in _BULK:
                 self.learn(one)
-        self.settle(found.objects.keys(), unreadable=bool(found.problems))
+        return self.settle(found.objects.keys(), unreadable=bool(found.problems))
 
     def forget(self, key: ObjectKey) -> None:
         """Drop a deleted object. Error: OSError."""
@@ -182,6 +208,8 @@ class ClusterObjects:
         elif key.kind in _PARSERS:
             self._note(key.kind, (key.namespace, key.name), None)
             self._kept(key.kind).pop((key.namespace, key.name), None)
+            if key.kind in SERVED_KINDS:
+                self._journal.forget(name)
 
     def _note(self, kind: str, name: tuple[str, str], value: object) -> None:
         """Remember which Services' facts an object changes; ``value`` None: it goes."""
@@ -241,25 +269,40 @@ class ClusterObjects:
             addresses=tuple(sorted(found, key=str)),
         )
 
-    def settle(self, present: Set[ObjectKey], *, unreadable: bool) -> None:
-        """All objects that there are have been learned. Error: OSError.
+    def settle(self, present: Set[ObjectKey], *, unreadable: bool) -> set[ObjectKey]:
+        """All objects that there are have been learned; return those that came or went here. Error: OSError.
 
-        ``unreadable``: some input cannot be read at all. Then policies that were in force before a restart and that
+        ``unreadable``: some input cannot be read at all. Then objects that were in force before a restart and that
         nothing names now may be in there: they stay. Else they were deleted while no agent ran.
         """
         named = {(one.kind, one.namespace, one.name) for one in present}
+        policies = {key for key in named if key[0] in POLICY_KINDS}
+        changed: set[ObjectKey] = set()
         if not unreadable:
-            for key in self.lingering - named:
-                self.policies.pop(key, None)
-                self.rejected.pop(key, None)
+            changed = {ObjectKey(*key) for key in self.lingering - named}
+            for one in changed:
+                self.forget(one)
             self.lingering = set()
             if not self._settled:
-                self._last_valid.prune(named)
+                self._last_valid.prune(policies)
+                self._journal.prune(named)
         elif not self._settled:
-            for document in self._last_valid.others(named):
+            for document in self._last_valid.others(policies):
                 self._linger(document)
+            for key, document in self._journal.others(named):
+                if (value := self._before(key, document)) is not None:
+                    self.learn(Read(name=key, value=value, rejected=_UNREADABLE))
+                    self.lingering.add(key)
+                    changed.add(ObjectKey(*key))
+        if not self._settled:
+            self._journal.settle()
         self._settled = True
         self.lingering -= named
+        return changed
+
+    def write(self) -> None:
+        """Write last valid forms out after ``settle``. Blocks; not beside other methods. Error: OSError."""
+        self._journal.write()
 
     def _linger(self, document: Mapping[str, Any]) -> None:
         try:
@@ -269,7 +312,7 @@ class ClusterObjects:
             return
         self.policies[policy.key] = policy
         self.lingering.add(policy.key)
-        self.rejected[policy.key] = Rejected(problem="its file cannot be read", instead=LAST_VALID)
+        self.rejected[policy.key] = _UNREADABLE
 
 
 def _digest(document: Mapping[str, Any]) -> str:

@@ -81,6 +81,7 @@ class ServicesView:
             "internal_policy": str(service.internal_policy) if service is not None else "",
             "external_policy": str(service.external_policy) if service is not None and _outside(service) else "",
             "source_ranges": [str(one) for one in service.source_ranges] if service is not None else [],
+            "source_deny": any(one.source_deny for one in frontends),
             "health_check_port": service.health_check_port if service is not None else 0,
             "frontends": [frontend_document(one) for one in frontends],
             "backends": [backends[key] for key in sorted(backends)],

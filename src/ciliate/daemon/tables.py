@@ -83,14 +83,15 @@ def _classes(agent: Agent, limit: int) -> Rows:
     ]
 
 
-def _services(kind: str) -> Callable[[Agent, int], Rows]:
-    """Return what reads one kind of rows of the maps of services."""
+def _services(kind: str, address: str = "") -> Callable[[Agent, int], Rows]:
+    """Return what reads one kind of rows of the maps of services. ``address``: only frontends of it."""
 
     def read(agent: Agent, limit: int) -> Rows:
         datapath = agent.datapath
         tables = {name: datapath.map(name) for name in services_view.TABLES}
         named = partial(service_name, datapath.services)
-        return [_protocols(row) for row in services_view.documents(tables, datapath.btf, limit=limit, name=named)[kind]]
+        rows = services_view.documents(tables, datapath.btf, kind, limit=limit, name=named, address=address)
+        return [_protocols(row) for row in rows]
 
     return read
 
@@ -126,6 +127,10 @@ _READERS: Final[Mapping[str, Callable[[Agent, int], Rows]]] = {
 TABLES: Final = tuple(_READERS)
 
 
-def table_rows(agent: Agent, name: str, limit: int) -> Rows:
-    """Return up to ``limit`` rows of a table. Blocking. Error: KeyError."""
-    return _READERS[name](agent, limit)
+def table_rows(agent: Agent, name: str, limit: int, address: str = "") -> Rows:
+    """Return up to ``limit`` rows of a table. ``address``: only the frontends of it. Blocking. Error: KeyError,
+    ValueError (not an address, or the table cannot be asked for one).
+    """
+    if address and name != "lb":
+        raise ValueError(f"table {name} cannot be asked for an address")
+    return _services("frontends", address)(agent, limit) if address else _READERS[name](agent, limit)

@@ -2,12 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from itertools import islice
 from typing import Any, Final
 
 from ciliate.datapath.btf import Btf
 from ciliate.datapath.conntrack import expiry_clock
-from ciliate.datapath.maps import V4_PREFIX, ZERO_ADDR, Table, addr_text, prefix_text
+from ciliate.datapath.maps import V4_PREFIX, ZERO_ADDR, Table, addr_bytes, addr_text, prefix_text
 from ciliate.datapath.service_sets import SLOT_MEMBER
 
 LIMIT: Final = 100_000
@@ -23,30 +24,40 @@ Name = Callable[[int], str]
 
 
 def documents(
-    tables: Mapping[str, Table], btf: Btf, *, limit: int = LIMIT, name: Name = lambda number: ""
-) -> dict[str, list[Document]]:
-    """Return the rows of each map, ``limit`` of each at most; frontends have their backends with them.
+    tables: Mapping[str, Table],
+    btf: Btf,
+    kind: str,
+    *,
+    limit: int = LIMIT,
+    name: Name = lambda number: "",
+    address: str = "",
+) -> list[Document]:
+    """Return the rows of one map, ``limit`` at most; frontends have their backends with them. ``address``: only the
+    frontends of this one. Error: KeyError (no such kind), ValueError (no address).
 
     Times are seconds: ``expires`` from now, ``idle`` since now.
     """
     view = _View(tables, btf, name)
-    rows: Mapping[str, Iterator[Document]] = {
-        "frontends": view.frontends(),
-        "backends": view.backends(),
-        "affinities": view.affinities(),
-        "source_ranges": view.source_ranges(),
-        "skips": view.skips(),
-        "translations": view.translations(),
-        "socket_peers": view.socket_rows("socket_peers"),
-        "socket_flows": view.socket_rows("socket_flows"),
+    rows: Mapping[str, Callable[[], Iterator[Document]]] = {
+        "frontends": lambda: view.frontends(addr_bytes(address) if address else b""),
+        "backends": view.backends,
+        "affinities": view.affinities,
+        "source_ranges": view.source_ranges,
+        "skips": view.skips,
+        "translations": view.translations,
+        "socket_peers": lambda: view.socket_rows("socket_peers"),
+        "socket_flows": lambda: view.socket_rows("socket_flows"),
     }
-    return {kind: list(islice(found, limit)) for kind, found in rows.items()}
+    return list(islice(rows[kind](), limit))
 
 
 class _View:
     def __init__(self, tables: Mapping[str, Table], btf: Btf, name: Name) -> None:
         self._tables, self._btf, self._name, self._now = tables, btf, name, expiry_clock()
-        self._backends = {int(number): self._backend(int(number), value) for number, value in self._rows("backends")}
+
+    @cached_property
+    def _backends(self) -> dict[int, Document]:
+        return {int(number): self._backend(int(number), value) for number, value in self._rows("backends")}
 
     def _rows(self, table: str) -> Iterator[tuple[Any, Any]]:
         for keys, values in self._tables[table].chunks():
@@ -78,10 +89,12 @@ class _View:
                 found[number][backend] += 1
         return found
 
-    def frontends(self) -> Iterator[Document]:
-        """Yield the frontends, each with the backends that connections are given."""
+    def frontends(self, address: bytes = b"") -> Iterator[Document]:
+        """Yield the frontends (of an address), each with the backends that connections are given."""
         slots = self._slots()
         for key, value in self._rows("frontends"):
+            if address and key["addr"].tobytes() != address:
+                continue
             chosen = int(value["set"])
             yield {
                 "address": _text(key["addr"]),

@@ -4,18 +4,20 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from ipaddress import ip_address
+from ipaddress import IPv6Network, ip_address, ip_network
 from typing import Any, Final
 
 import msgspec
 
-from ciliate.loadbalancer.model import Address, HostPort, PodPorts
+from ciliate.loadbalancer.model import Address, HostPort, Network, PodPorts
 
 PROTOCOLS: Final[Mapping[str, int]] = {"TCP": 6, "UDP": 17, "SCTP": 132}
 _NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
 _LABEL_VALUE: Final = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?")
 _LABEL_KEY: Final = re.compile(r"([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 """Source: k8s.io/apimachinery, pkg/util/validation."""
+_MAPPED: Final = IPv6Network("::ffff:0:0/96")
+"""In maps IPv4 addresses stand here: an IPv6 address of it would be taken for one."""
 
 
 class ObjectError(ValueError):
@@ -171,6 +173,29 @@ def address_of(where: str, text: str) -> Address:
         raise ObjectError(f"{where}: {text!r} is no address") from error
     if found.version == 6 and found.scope_id is not None:
         raise ObjectError(f"{where}: {text!r} has a zone")
+    if found.version == 6 and found.ipv4_mapped is not None:  # it would be another way to write an IPv4 address
+        raise ObjectError(f"{where}: {text!r} is IPv4-mapped; write {found.ipv4_mapped}")
+    return found
+
+
+def served_address_of(where: str, text: str) -> Address:
+    """Return an address that one thing may have: the unspecified ones mean every address of a node in the datapath.
+    Error: ObjectError.
+    """
+    found = address_of(where, text)
+    if found.is_unspecified:
+        raise ObjectError(f"{where}: {text!r} is the unspecified address")
+    return found
+
+
+def network_of(where: str, text: str) -> Network:
+    """Return a CIDR; host bits are dropped. Error: ObjectError."""
+    try:
+        found: Network = ip_network(text.strip(), strict=False)
+    except ValueError as error:
+        raise ObjectError(f"{where}: {text!r} is no CIDR") from error
+    if found.version == 6 and found.subnet_of(_MAPPED):
+        raise ObjectError(f"{where}: {text!r} has IPv4-mapped addresses; write them as an IPv4 CIDR")
     return found
 
 

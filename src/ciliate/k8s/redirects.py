@@ -6,7 +6,16 @@ from typing import Any, Final
 import msgspec
 
 from ciliate.identity.selectors import Operator, Requirement, Selector
-from ciliate.k8s.objects import Metadata, ObjectError, address_of, convert, name_of, port_of, protocol_of, valid_labels
+from ciliate.k8s.objects import (
+    Metadata,
+    ObjectError,
+    convert,
+    name_of,
+    port_of,
+    protocol_of,
+    served_address_of,
+    valid_labels,
+)
 from ciliate.loadbalancer.redirect import LocalRedirectPolicy, RedirectPort
 
 _SOURCES: Final = ("k8s:", "any:")
@@ -111,7 +120,7 @@ def parse_local_redirect(raw: Mapping[str, Any]) -> LocalRedirectPolicy:
         namespace=name_of(what, "metadata.namespace", metadata.namespace),
         name=name_of(what, "metadata.name", metadata.name),
         created=metadata.created,
-        address=address_of(f"{where}.addressMatcher.ip", address.ip) if address else None,
+        address=served_address_of(f"{where}.addressMatcher.ip", address.ip) if address else None,
         service=name_of(where, "serviceMatcher.serviceName", service.service_name) if service else "",
         frontend_ports=_ports(
             f"{where}.{'addressMatcher' if address else 'serviceMatcher'}.toPorts",

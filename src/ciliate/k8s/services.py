@@ -6,12 +6,22 @@ What an API server would refuse is an error, what it would fill in is filled in.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
-from ipaddress import ip_network
 from typing import Any, Final, TypeVar
 
 import msgspec
 
-from ciliate.k8s.objects import Metadata, ObjectError, address_of, convert, name_of, port_of, protocol_of, valid_labels
+from ciliate.k8s.objects import (
+    Metadata,
+    ObjectError,
+    address_of,
+    convert,
+    name_of,
+    network_of,
+    port_of,
+    protocol_of,
+    served_address_of,
+    valid_labels,
+)
 from ciliate.loadbalancer.model import (
     DEFAULT_AFFINITY,
     Address,
@@ -132,13 +142,7 @@ class _EndpointSlice(msgspec.Struct, kw_only=True, rename="camel"):
 
 
 def _networks(where: str, texts: Sequence[str] | None) -> tuple[Network, ...]:
-    found = []
-    for index, text in enumerate(texts or ()):
-        try:
-            found.append(ip_network(text.strip(), strict=False))
-        except ValueError as error:
-            raise ObjectError(f"{where}[{index}]: {text!r} is no CIDR") from error
-    return tuple(found)
+    return tuple(network_of(f"{where}[{index}]", text) for index, text in enumerate(texts or ()))
 
 
 def _one_of(where: str, enum_: type[E], text: str | None, default: E) -> E:
@@ -199,7 +203,9 @@ def parse_service(raw: Mapping[str, Any]) -> Service:
 
 def _cluster_ips(what: str, spec: _ServiceSpec) -> tuple[Address, ...]:
     listed = spec.cluster_ips or ([spec.cluster_ip] if spec.cluster_ip else [])
-    found = tuple(address_of(f"{what}: spec.clusterIPs[{index}]", text) for index, text in enumerate(listed) if text)
+    found = tuple(
+        served_address_of(f"{what}: spec.clusterIPs[{index}]", text) for index, text in enumerate(listed) if text
+    )
     if spec.cluster_ip and found and address_of(f"{what}: spec.clusterIP", spec.cluster_ip) != found[0]:
         raise ObjectError(f"{what}: spec.clusterIP: {spec.cluster_ip} is not the first of spec.clusterIPs")
     if len({address.version for address in found}) != len(found):
@@ -307,7 +313,7 @@ def _endpoint(where: str, one: _Endpoint, family: int) -> Endpoint:
     """An endpoint's addresses are one endpoint's: the first stands for it, as for kube-proxy."""
     if not one.addresses:
         raise ObjectError(f"{where}.addresses: must be set")
-    found = [address_of(f"{where}.addresses[{index}]", text) for index, text in enumerate(one.addresses)]
+    found = [served_address_of(f"{where}.addresses[{index}]", text) for index, text in enumerate(one.addresses)]
     for index, address in enumerate(found):
         if address.version != family:
             raise ObjectError(f"{where}.addresses[{index}]: {address} is not of the slice's addressType")

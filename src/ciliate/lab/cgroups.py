@@ -7,7 +7,7 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -64,17 +64,48 @@ def inside(topology: Topology, node: str, namespace: str, command: Sequence[str]
 
 
 def remove(cluster: str) -> bool:
-    """End what is left in a cluster's cgroups and take them away; return whether there were any. Error: LabError."""
+    """End what is left in a cluster's cgroups and take them away; return whether there were any. Error: LabError.
+
+    Our own process and the shells that it was called from are moved out instead, since they may be in there.
+    """
     root = find_mount()
     if root is None or not (parent := root / _PARENT / cluster).is_dir():
         return False
-    for group in sorted(one for one in parent.iterdir() if one.is_dir()):
-        netns.end(lambda group=group: [pid for pid in _processes(group) if pid != os.getpid()])  # type: ignore[misc]
+    spared = _lineage(os.getpid())
+    for group in _tree(parent):
+        _move_out(spared & set(_processes(group)), root)
+        netns.end(lambda group=group: [pid for pid in _processes(group) if pid not in spared])  # type: ignore[misc]
         _rmdir(group)
-    _rmdir(parent)
     with contextlib.suppress(OSError):  # other clusters may have theirs there
         (root / _PARENT).rmdir()
     return True
+
+
+def _tree(top: Path) -> list[Path]:
+    """Return a cgroup with those in it, the innermost first: one that has others in it cannot be removed."""
+    return [Path(path) for path, _, _ in os.walk(top, topdown=False)]
+
+
+def _lineage(pid: int) -> set[int]:
+    """Return a process and those that it comes from, without init."""
+    found: set[int] = set()
+    while pid > 1:
+        found.add(pid)
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError, IndexError):
+            break
+    return found
+
+
+def _move_out(pids: Iterable[int], root: Path) -> None:
+    for pid in pids:
+        try:
+            (root / "cgroup.procs").write_text(str(pid))
+        except ProcessLookupError:
+            continue
+        except OSError as error:
+            raise LabError(f"process {pid} cannot be moved to the cgroup {root}: {error.strerror}") from error
 
 
 def _processes(group: Path) -> list[int]:
@@ -93,7 +124,16 @@ def _rmdir(group: Path) -> None:
             pass
         except OSError as error:
             if error.errno != errno.EBUSY or time.monotonic() > until:
-                raise LabError(f"cgroup {group}: it cannot be removed: {error.strerror}") from error
+                raise LabError(f"cgroup {group}: it cannot be removed: {error.strerror}{_remedy(group)}") from error
             time.sleep(0.02)
             continue
         return
+
+
+def _remedy(group: Path) -> str:
+    """Return what is in the way, and what to do about it."""
+    pids = {pid: path for path in _tree(group) for pid in _processes(path)}
+    if pids:
+        return f"; end process {', '.join(map(str, sorted(pids)))} there, and do it again"
+    nested = [str(path) for path in _tree(group) if path != group]
+    return f"; remove {', '.join(nested)}, and do it again" if nested else ""

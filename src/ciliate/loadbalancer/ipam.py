@@ -7,7 +7,7 @@ the same one the older keeps it. New addresses are the lowest free ones of the o
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Final
 
 from ciliate.identity.labels import Labels
@@ -19,6 +19,8 @@ PREFIX: Final = "lbipam.cilium.io/"
 LEGACY_PREFIX: Final = "io.cilium/lb-ipam-"
 CLASSES: Final = frozenset({"io.cilium/bgp-control-plane", "io.cilium/l2-announcer"})
 """Values of ``spec.loadBalancerClass`` that Cilium gives addresses for."""
+_MAPPED: Final = IPv6Network("::ffff:0:0/96")
+"""In maps IPv4 addresses stand here: an IPv6 address of it would be taken for one."""
 SERVICE_NAME: Final = "io.kubernetes.service.name"
 SERVICE_NAMESPACE: Final = "io.kubernetes.service.namespace"
 
@@ -116,7 +118,17 @@ def responsible(load_balancer_class: str | None, *, default: bool = True) -> boo
 def requested_addresses(spec_ip: str, annotations: Mapping[str, str]) -> tuple[Address, ...]:
     """Return the addresses that a service asks for, without repetition. Error: ValueError, which names the text."""
     texts = [spec_ip, *_annotation(annotations, "ips").split(",")]
-    return tuple(dict.fromkeys(ip_address(one.strip()) for one in texts if one.strip()))
+    return tuple(dict.fromkeys(_address(one.strip()) for one in texts if one.strip()))
+
+
+def _address(text: str) -> Address:
+    """Return an address that a frontend may have. Error: ValueError."""
+    found = ip_address(text)
+    if found.version == 6 and found.ipv4_mapped is not None:
+        raise ValueError(f"{text!r} is IPv4-mapped; write {found.ipv4_mapped}")
+    if found.is_unspecified:
+        raise ValueError(f"{text!r} is the unspecified address")
+    return found
 
 
 def sharing_of(annotations: Mapping[str, str]) -> tuple[str, frozenset[str]]:
@@ -144,11 +156,15 @@ def block_of(cidr: str, start: str, stop: str) -> Block:
     """Return one of a pool's ``blocks``. Error: ValueError (neither a CIDR nor a range)."""
     if cidr:
         network: Network = ip_network(cidr, strict=False)
+        if network.version == 6 and network.overlaps(_MAPPED):
+            raise ValueError(f"{cidr} has IPv4-mapped addresses; write them as an IPv4 CIDR")
         return Block(start=network[0], stop=network[-1], cidr=True)
-    first = ip_address(start)
-    last = ip_address(stop) if stop else first
+    first = _address(start)
+    last = _address(stop) if stop else first
     if first.version != last.version or int(first) > int(last):
         raise ValueError(f"{start} - {stop} is not a range of addresses")
+    if first.version == 6 and int(first) < int(_MAPPED[0]) < int(last):
+        raise ValueError(f"{start} - {stop} has IPv4-mapped addresses")
     return Block(start=first, stop=last)
 
 

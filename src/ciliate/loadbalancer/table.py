@@ -179,15 +179,19 @@ class LoadBalancer:
         return self._health.answers
 
     def problems(self) -> Mapping[Owner, tuple[str, ...]]:
-        """Return what is wrong with which object, as of the last call of ``changes``: a live view."""
-        return self._arbiter.problems
+        """Return what is wrong with which object, as of the last call of ``changes``."""
+        found = dict(self._arbiter.problems)
+        for owner, problem in self._health.problems.items():
+            found[owner] = (*found.get(owner, ()), problem)
+        return found
 
     @property
     def idle(self) -> bool:
         """Whether nothing is kept: for tests, after everything was taken away."""
         kept = (
             *(self._services, self._slices, self._pods, self._redirects, self._redirected, self._by_ingress),
-            *(self._stale_services, self._stale_pods, self._stale_redirects, self._health.answers),
+            *(self._stale_services, self._stale_pods, self._stale_redirects),
+            *(self._health.answers, self._health.problems),
         )
         return self._arbiter.idle and not any(kept)
 
@@ -268,6 +272,8 @@ class _Health:
         self._on: dict[int, dict[Owner, HealthCheck]] = {}
         self._answers: dict[int, HealthCheck] = {}
         self.answers: Final[Mapping[int, HealthCheck]] = MappingProxyType(self._answers)
+        self.problems: dict[Owner, str] = {}
+        """Of services whose port another one answers on."""
 
     def set(self, owner: Owner, check: HealthCheck | None) -> None:
         old = self._of.get(owner)
@@ -276,6 +282,7 @@ class _Health:
         if old is not None:
             self._on[old.port].pop(owner)
             del self._of[owner]
+            self.problems.pop(owner, None)
             self._answer(old.port)
         if check is not None:
             self._on.setdefault(check.port, {})[owner] = check
@@ -284,7 +291,11 @@ class _Health:
 
     def _answer(self, port: int) -> None:
         if checks := self._on[port]:
-            self._answers[port] = checks[min(checks)]
+            first = min(checks)
+            self._answers[port] = checks[first]
+            self.problems.pop(first, None)
+            others = (owner for owner in checks if owner != first)
+            self.problems.update(dict.fromkeys(others, f"healthCheckNodePort {port}: {first} answers on it"))
         else:
             del self._on[port]
             self._answers.pop(port, None)
