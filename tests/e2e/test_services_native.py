@@ -18,14 +18,21 @@ from ciliate.datapath.netlink import in_netns
 from tests.e2e.lab import CILIATE, WORLD, Lab, pod
 from tests.e2e.lab import server as echo
 from tests.e2e.talker import Talker
-from tests.e2e.test_services import BOTH, FAMILIES, NODES, TRANSPORTS, node_ports, pool, port, server, service
+from tests.e2e.test_services import BOTH, FAMILIES, NODES, TRANSPORTS, node_ports, pool, port, redirect, server, service
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 CLUSTER = f"native{os.getpid()}"
-WHERE = ("c1", "c2", "outside", "solo")
+WHERE = ("c1", "c2", "outside", "solo", "cache")
 DSR = {"annotations": {"service.cilium.io/forwarding-mode": "dsr"}}
 CLIENTS = {4: "172.31.0.0/24", 6: "fd00:31::/64"}
 OTHERS = {4: "192.0.2.0/24", 6: "2001:db8:99::/64"}
+
+
+def skipping(version: int) -> dict[str, Any]:
+    frontend = {"ip": WORLD[version], "toPorts": [{"port": "80", "protocol": "TCP"}]}
+    found = redirect(f"skipping-{version}", {"addressMatcher": frontend})
+    found["spec"]["skipRedirectFromBackend"] = True
+    return found
 
 
 def objects() -> list[dict[str, Any]]:
@@ -47,6 +54,8 @@ def objects() -> list[dict[str, Any]]:
         service("nobody", "nobody"),
         service("allowed", "web", **balanced, loadBalancerSourceRanges=list(CLIENTS.values())),
         service("refused", "web", **balanced, loadBalancerSourceRanges=list(OTHERS.values())),
+        server("cache", "n1", "cache"),
+        *(skipping(version) for version in (4, 6)),
         service("maglev", "web", annotations={"service.cilium.io/lb-algorithm": "maglev"}),
         service("sticky", "web", *node_ports(30086), type="NodePort", sessionAffinity="ClientIP"),
         service("echo", "echo", port(80, nodePort=30087), type="NodePort"),
@@ -229,6 +238,12 @@ def test_source_ranges_let_in_whom_they_name_only(native: Cluster, version: int)
 
 
 # ---- selection ---------------------------------------------------------------------------------------------------
+
+
+@FAMILIES
+def test_the_backends_of_a_redirect_reach_what_is_redirected(native: Cluster, version: int) -> None:
+    assert native["c1"].names("tcp", WORLD[version], 80, 6) == {"cache"}
+    assert native["cache"].names("tcp", WORLD[version], 80, 6) == {"ECONNREFUSED"}, "nobody listens there"
 
 
 def test_maglev_by_annotation_is_shown_and_used(native: Cluster) -> None:
