@@ -207,7 +207,7 @@ class Fabric:
         via_host = [cidr for cidr, other in pods.items() if self.tunnel or other == number]
         gateways = {c: ip_address(target(f"n{other}", c.version)) for c, other in pods.items() if c not in via_host}
         self.ns.do(f"n{number}", lambda: path.sync_pod_routes(via_host, prune=True))
-        self.ns.do(f"n{number}", lambda: path.sync_node_routes(gateways))
+        self.ns.do(f"n{number}", lambda: path.sync_node_routes(gateways, prune=True))
         self.enforce(number=number)
 
     def enforce(

@@ -4,7 +4,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from ciliate.lab.topology import OUTSIDE_V4, SERVICES_V4, SERVICES_V6, LabError, Topology, netns_prefix
+from ciliate.lab.topology import OUTSIDE_V4, SERVICES_V4, SERVICES_V6, LabError, Topology, agent_options, netns_prefix
 
 
 def test_addresses_are_unique_and_apart_when_a_cluster_is_large():
@@ -57,6 +57,7 @@ def test_paths_of_sockets_fit_when_the_name_is_the_longest():
         ({"size": 201}, "201 nodes"),
         ({"ipv4": False, "ipv6": False}, "IPv4 and IPv6"),
         ({"routing_mode": "bgp"}, "'bgp'"),
+        ({"agent_options": (("routing-mode", "native"),)}, "agent option routing-mode"),
     ],
 )
 def test_error_names_the_value_when_a_topology_cannot_be(arguments, named):
@@ -68,3 +69,17 @@ def test_error_names_the_value_when_a_topology_cannot_be(arguments, named):
 def test_error_names_the_nodes_when_a_node_is_unknown():
     with pytest.raises(LabError, match="n1, n2"):
         Topology().node("n3")
+
+
+def test_agent_options_are_keys_and_values_and_the_last_of_a_name_counts():
+    assert agent_options(["xdp=off", "map-sizes=ct=65536,nat=65536", "xdp=generic"]) == (
+        ("xdp", "generic"),
+        ("map-sizes", "ct=65536,nat=65536"),
+    )
+
+
+@pytest.mark.parametrize("text", ["", "xdp", "=off", "XDP=off", "--xdp=off", "a b=c"])
+def test_error_shows_the_text_when_an_agent_option_is_none(text):
+    with pytest.raises(LabError, match="KEY=VALUE") as caught:
+        agent_options([text])
+    assert repr(text) in str(caught.value)

@@ -82,15 +82,26 @@ def up(
     routing_mode: Annotated[Mode, typer.Option("--routing-mode", help="How nodes reach each other's pods.")] = (
         Mode.tunnel
     ),
+    agent_option: Annotated[
+        list[str] | None,
+        typer.Option("--agent-option", metavar="KEY=VALUE", help="Option of all agents, as of `ciliated`; repeatable."),
+    ] = None,
     files: Annotated[
         list[Path] | None, typer.Option("--filename", "-f", help="Objects to begin with: file or directory.")
     ] = None,
 ) -> None:
     """Create a cluster; returns when everything is ready. If that fails, nothing is left of it."""
     from ciliate.lab import cluster as work
-    from ciliate.lab.topology import Topology
+    from ciliate.lab.topology import Topology, agent_options
 
-    topology = Topology(cluster=cluster, size=nodes, ipv4=ipv4, ipv6=ipv6, routing_mode=routing_mode.value)
+    topology = Topology(
+        cluster=cluster,
+        size=nodes,
+        ipv4=ipv4,
+        ipv6=ipv6,
+        routing_mode=routing_mode.value,
+        agent_options=agent_options(agent_option or ()),
+    )
     began = time.perf_counter()
     with _progress() as say:
         changes = work.up(topology, _objects(files), say, _warn)

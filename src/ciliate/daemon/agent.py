@@ -191,7 +191,7 @@ class Agent:
     async def run(self) -> None:
         """Follow every source until cancelled."""
         self.nodes.publish(self.node)
-        self._learn_nodes({self.config.node_name: self.node})
+        self._learn_nodes({self.config.node_name: self.node}, prune=False)
         async with asyncio.TaskGroup() as group:
             group.create_task(self.removals.run())
             group.create_task(self.enforcement.run())
@@ -526,13 +526,14 @@ class Agent:
                     self.remote.pop(name, None)
                 else:
                     self.remote[name] = node
-            await asyncio.to_thread(self._learn_nodes, self.remote | {self.config.node_name: self.node})
+            await asyncio.to_thread(self._learn_nodes, self.remote | {self.config.node_name: self.node}, prune=True)
             self.services.set_node(self._local_node())
             self._want()
             self.enforcement.request()
             await self._reported("nodes")
 
-    def _learn_nodes(self, nodes: Mapping[str, Node]) -> None:
+    def _learn_nodes(self, nodes: Mapping[str, Node], *, prune: bool) -> None:
+        """``prune``: these are all nodes. Until they are known, an earlier run's routes lead to the others."""
         known = {}
         for name, node in nodes.items():
             addresses = tuple(a for a in (node.ipv4, node.ipv6) if a is not None)
@@ -542,11 +543,12 @@ class Agent:
         self.table.set_nodes(known)
         tunnel = self.config.routing_mode == "tunnel"
         via_host = [c for n, node in nodes.items() for c in node.pod_cidrs if tunnel or n == self.config.node_name]
-        self.datapath.sync_pod_routes(via_host, prune=True)
+        self.datapath.sync_pod_routes(via_host, prune=prune)
         if not tunnel:
             remote = [node for name, node in nodes.items() if name != self.config.node_name]
             routes = {c: node.ipv4 if c.version == 4 else node.ipv6 for node in remote for c in node.pod_cidrs}
-            self.datapath.sync_node_routes({c: gateway for c, gateway in routes.items() if gateway is not None})
+            gateways = {c: gateway for c, gateway in routes.items() if gateway is not None}
+            self.datapath.sync_node_routes(gateways, prune=prune)
 
     # ---- events and housekeeping ------------------------------------------------------------------------------
 

@@ -217,9 +217,9 @@ def sync_pod_routes(
         return len(requests)
 
 
-def sync_node_routes(device: str, gateways: Mapping[Network, Address]) -> int:
-    """Lead other nodes' pod CIDRs to those nodes (native routing); our routes to other CIDRs go. Return how many
-    changed.
+def sync_node_routes(device: str, gateways: Mapping[Network, Address], *, prune: bool) -> int:
+    """Lead other nodes' pod CIDRs to those nodes (native routing); ``prune``: our routes to other CIDRs go. Return how
+    many changed.
     """
     with Netlink() as netlink:
         native = _present(netlink, device)
@@ -232,7 +232,8 @@ def sync_node_routes(device: str, gateways: Mapping[Network, Address]) -> int:
             for cidr, gateway in gateways.items()
             if actual.get(cidr) != gateway
         ]
-        requests += [route_delete(cidr, native.ifindex) for cidr in actual if cidr not in gateways]
+        if prune:
+            requests += [route_delete(cidr, native.ifindex) for cidr in actual if cidr not in gateways]
         netlink.run(requests)
         return len(requests)
 

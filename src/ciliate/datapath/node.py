@@ -361,9 +361,9 @@ class Datapath:
             prune=prune,
         )
 
-    def sync_node_routes(self, gateways: Mapping[Network, IPv4Address | IPv6Address]) -> int:
+    def sync_node_routes(self, gateways: Mapping[Network, IPv4Address | IPv6Address], *, prune: bool) -> int:
         """Lead other nodes' pod CIDRs to those nodes (native routing); return how many routes changed."""
-        return devices.sync_node_routes(self.config.device, gateways)
+        return devices.sync_node_routes(self.config.device, gateways, prune=prune)
 
     def pod_interface(self, name: str) -> LinkState | None:
         """Return a pod's host-side device, None: it is gone."""

@@ -14,6 +14,7 @@ from ciliate.datapath.service_sets import SLOT_MEMBER
 LIMIT: Final = 100_000
 TABLES: Final = (
     "frontends", "backends", "slots", "affinities", "source_ranges", "skips", "translations", "socket_peers",
+    "socket_flows",
 )  # fmt: skip
 """The maps that ``documents`` reads."""
 _SERVICE_BITS: Final = 32

@@ -87,7 +87,7 @@ def prepare(topology: Topology, node: LabNode) -> None:
         "ipv6": topology.ipv6,
         "routing-mode": topology.routing_mode,
         "cgroup-root": str(cgroups.prepare(topology, node)),
-    }
+    } | dict(topology.agent_options)
     (directory / "agent.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
 
 

@@ -20,6 +20,7 @@ class ClusterFile(msgspec.Struct, kw_only=True, frozen=True):
     ipv4: bool
     ipv6: bool
     routing_mode: Literal["tunnel", "native"]
+    agent_options: tuple[tuple[str, str], ...] = ()
     ready: bool = False
 
 
@@ -84,7 +85,12 @@ def load_topology(cluster: str) -> Topology:
     if file is None:
         raise LabError(f"cluster {cluster}: it is not up; start it with `ciliate lab up --cluster {cluster}`")
     return Topology(
-        cluster=file.cluster, size=file.size, ipv4=file.ipv4, ipv6=file.ipv6, routing_mode=file.routing_mode
+        cluster=file.cluster,
+        size=file.size,
+        ipv4=file.ipv4,
+        ipv6=file.ipv6,
+        routing_mode=file.routing_mode,
+        agent_options=file.agent_options,
     )
 
 
@@ -106,6 +112,7 @@ def save_topology(topology: Topology, *, ready: bool) -> None:
         ipv4=topology.ipv4,
         ipv6=topology.ipv6,
         routing_mode=topology.routing_mode,
+        agent_options=topology.agent_options,
         ready=ready,
     )
     write_file(topology.directory / "cluster.json", document)

@@ -7,6 +7,7 @@ back only if it left with its node's address.
 
 import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
 from pathlib import Path
@@ -29,6 +30,26 @@ _ROUTER: Final = 254
 _OUTSIDE_HOST: Final = 10
 _NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9]{0,22}[a-z0-9])?")
 _NETNS_NAME: Final = 100
+_OPTION: Final = re.compile(r"([a-z0-9]+(?:-[a-z0-9]+)*)=(.*)", re.DOTALL)
+OWN_OPTIONS: Final = frozenset(
+    (
+        "node-name",
+        "cluster-name",
+        "device",
+        "bpffs",
+        "state-dir",
+        "run-dir",
+        "manifests-dir",
+        "kvstore-dir",
+        "node-ips",
+        "pod-cidrs",
+        "ipv4",
+        "ipv6",
+        "routing-mode",
+        "cgroup-root",
+    )
+)
+"""Options of agents that follow from the cluster itself."""
 
 RoutingMode = Literal["tunnel", "native"]
 Address = IPv4Address | IPv6Address
@@ -53,13 +74,17 @@ class LabNode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Topology:
-    """A cluster of ``size`` nodes. Error: LabError (a name or size that cannot be)."""
+    """A cluster of ``size`` nodes. Error: LabError (a name or size that cannot be).
+
+    ``agent_options``: what its agents are told besides, name and value.
+    """
 
     cluster: str = DEFAULT_CLUSTER
     size: int = 2
     ipv4: bool = True
     ipv6: bool = True
     routing_mode: RoutingMode = "tunnel"
+    agent_options: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.cluster):
@@ -70,6 +95,9 @@ class Topology:
             raise LabError(f"cluster {self.cluster}: one of IPv4 and IPv6 must be on")
         if self.routing_mode not in ("tunnel", "native"):
             raise LabError(f"cluster {self.cluster}: routing mode {self.routing_mode!r} is neither tunnel nor native")
+        for name, _ in self.agent_options:
+            if name in OWN_OPTIONS:
+                raise LabError(f"agent option {name}: the lab sets it itself; see `ciliate lab up --help`")
 
     @property
     def prefix(self) -> str:
@@ -163,6 +191,20 @@ class Topology:
 def netns_prefix(cluster: str) -> str:
     """Return how the names of a cluster's network namespaces begin. A cluster's name has no dot."""
     return f"ciliate-lab.{cluster}."
+
+
+def agent_options(texts: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    """Return options of agents, written KEY=VALUE; of two of the same name the last. Error: LabError.
+
+    Whether there is such an option, and what it may be, is known to the agents: they do not start otherwise.
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        match = _OPTION.fullmatch(text)
+        if match is None:
+            raise LabError(f"agent option {text!r}: KEY=VALUE is expected, for example lb-mode=dsr")
+        found[match[1]] = match[2]
+    return tuple(found.items())
 
 
 def running_clusters(state: Path = STATE) -> list[str]:
