@@ -403,6 +403,12 @@ static __noinline int rewrite_quoted(struct __sk_buff *skb, struct scratch *s, i
 	return quoted_end(skb, &s->p, source, addr, port);
 }
 
+/* Whether a pod's ICMP error is about what was sent to the pod: it is no router. True of what is no pod's error. */
+static __always_inline bool reports_own(const struct scratch *s)
+{
+	return !s->p.quoted || s->observation != OBS_FROM_POD || addr_equal(&s->p.q_daddr, &s->p.saddr);
+}
+
 /* An ICMP error of the client about what the frontend sent it: about what the backend sent, and to the backend. */
 static __always_inline int service_out_quoted(struct __sk_buff *skb, struct scratch *s)
 {
@@ -411,7 +417,7 @@ static __always_inline int service_out_quoted(struct __sk_buff *skb, struct scra
 	union addr gateway;
 	int error;
 
-	if (!addr_equal(&p->q_saddr, &p->daddr))
+	if (!addr_equal(&p->q_saddr, &p->daddr) || !reports_own(s))
 		return SERVICE_OUT_NONE;
 	translation_key_set(&s->out, &p->q_daddr, p->q_dport, &p->q_saddr, p->q_sport, p->q_protocol, TRANSLATION_OUT);
 	row = translation_find(&s->out, s->now);
