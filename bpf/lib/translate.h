@@ -173,6 +173,7 @@ static __noinline int choose(struct scratch *s, const struct frontend *f, int *s
 	s->chosen.backend = s->wish.backend;
 	s->chosen.service = s->wish.service;
 	s->chosen.state = 0;
+	s->chosen.via = 0;
 	s->chosen.flags = s->wish.to.flags & BACKEND_LOCAL ? TRANSLATION_LOCAL : 0;
 	/* From outside it is another node that is given itself: its answer must come back here like any other. */
 	if (s->observation != OBS_FROM_NETDEV && addr_equal(&s->p.saddr, &s->chosen.addr))
@@ -184,7 +185,7 @@ static __noinline int choose(struct scratch *s, const struct frontend *f, int *s
 /* A backend for a connection that has none, in s->chosen. Returns enum service_out_result or a negated drop reason.
  *
  * TCP that is under way and of which both rows are lost goes to the backend that conntrack remembers, if a few choices
- * find it (with one backend, Maglev or affinity the first does); else to any, whose reset ends it at once.
+ * find it (with one backend, Maglev or affinity the first does); else to the first choice.
  */
 static __always_inline int choose_fitting(struct scratch *s, const struct frontend *f)
 {
@@ -199,7 +200,11 @@ static __always_inline int choose_fitting(struct scratch *s, const struct fronte
 			return result < 0 ? result : -DROP_NO_SERVICE;
 		if (seat == SEAT_OWN || (seat == SEAT_FREE && (!under_way || i == SERVICE_TRIES - 1)))
 			return SERVICE_OUT_TRANSLATED;
-		s->wish.hash = s->wish.hash * 0x9e3779b1U + 1;
+		/* What nobody remembers goes where every node's Maglev table sends it. */
+		if (under_way && i == SERVICE_TRIES - 2)
+			s->wish.hash = nat_hash(&s->p);
+		else
+			s->wish.hash = s->wish.hash * 0x9e3779b1U + 1;
 	}
 	return -DROP_NAT_NO_MAPPING;
 }

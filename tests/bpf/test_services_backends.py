@@ -72,6 +72,17 @@ def test_maglev_table_decides(node: Rig, services: Services, family: int) -> Non
 
 
 @both
+def test_maglev_table_decides_for_tcp_that_comes_to_another_node(node: Rig, services: Services, family: int) -> None:
+    """Routers move connections between nodes: the new one has no rows, and gives each the backend it has."""
+    two_backends(services, family, "tcp", flags=MAGLEV)
+    first = {sport: asked(node, family, sport, "tcp") for sport in range(4000, 4040)}
+    assert set(first.values()) == {3, 4}
+    services.lose(0, 1)
+    node.fresh()
+    assert {sport: asked(node, family, sport, "tcp", "A") for sport in first} == first
+
+
+@both
 def test_affinity_keeps_a_client_with_its_backend_for_its_time(node: Rig, services: Services, family: int) -> None:
     two_backends(services, family, flags=AFFINITY, affinity=100)
     (first,) = {asked(node, family, sport) for sport in range(4000, 4020)}
