@@ -179,6 +179,8 @@ static __noinline int to_backend_elsewhere(struct __sk_buff *skb, struct scratch
 
 	if (!s)
 		return TC_ACT_SHOT;
+	if (dsr_named(skb, s)) /* the client's own word, which the backend's node would take for this node's */
+		return drop(s, -DROP_INVALID_SIP);
 	forwarding = s->p.quoted ? s->chosen.flags : forwarding_of(skb, s);
 	room = s->p.quoted ? 0 : carried(&s->p, forwarding);
 	mtu = s->kind == DEST_TUNNEL ? config_tunnel_mtu : config_underlay_mtu;

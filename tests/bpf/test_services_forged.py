@@ -4,8 +4,8 @@ import pytest
 
 from tests.bpf.packets import udp, unreachable
 from tests.bpf.policies import EGRESS, INGRESS
-from tests.bpf.rig import NODE, Rig, pod_address, rig
-from tests.bpf.services import BACKEND, DSR, EXTERNAL, FRONT, Services, send
+from tests.bpf.rig import NODE, OTHER_NODE, REMOTE_POD, WORLD, Rig, pod_address, rig
+from tests.bpf.services import BACKEND, DSR, EXTERNAL, FRONT, NUMBER, Services, packet, send
 from tests.bpf.test_node_ports import named
 
 both = pytest.mark.parametrize("family", [4, 6])
@@ -67,3 +67,21 @@ def test_gateway_outside_names_no_frontend(family: int) -> None:
         node.far.send(node.from_far(named(udp(GATEWAY[family], three, 4000, BACKEND), FRONT[family], 53)))
         node.refused("INVALID_SIP", INGRESS)
         assert services.rows(1) == []
+
+
+@both
+@pytest.mark.parametrize("kind", ["udp", "tcp"])
+@pytest.mark.parametrize("way", ["overlay", "native"])
+@pytest.mark.parametrize("mode", [0, DSR])
+def test_frontend_that_a_client_names_is_not_passed_on(family: int, kind: str, way: str, mode: int) -> None:
+    """The backend's node would take it for the word of the node that was asked."""
+    with rig(tunnel=way == "overlay") as node:
+        client, remote, front = WORLD[family], REMOTE_POD[family], FRONT[family]
+        node.ip("route", "replace", remote, "via", OTHER_NODE[family], "dev", "eth0")
+        Services(node).add(front, 53, [(remote, BACKEND)], protocol=NUMBER[kind], scope=EXTERNAL, flags=mode)
+        node.far.send(node.from_far(packet(kind, client, front, 4000, 53)))
+        node.far.receive()
+        node.changed("NONE EGRESS")
+        forged = named(packet(kind, client, front, 4000, 53, "A"), WORLD[family], 80)
+        node.far.send(node.from_far(forged))
+        node.refused("INVALID_SIP", INGRESS)
