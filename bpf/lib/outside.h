@@ -103,7 +103,7 @@ static __noinline int leave_to_backend(struct __sk_buff *skb, struct scratch *s)
 		fib.ipv4_src = s->p.saddr.w[3];
 		fib.ipv4_dst = s->p.daddr.w[3];
 		if (bpf_fib_lookup(skb, &fib, sizeof(fib), BPF_FIB_LOOKUP_OUTPUT) != BPF_FIB_LKUP_RET_SUCCESS ||
-		    fib.ifindex != config_native_ifindex)
+		    fib.family != AF_INET || fib.ifindex != config_native_ifindex) /* RFC 5549: an IPv6 next hop */
 			return leave(skb, s); /* the stack's part: it finds the neighbour, too */
 		row = bpf_map_lookup_elem(&translations, &s->out);
 		if (row)
