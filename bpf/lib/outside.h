@@ -182,6 +182,9 @@ static __noinline int to_backend_elsewhere(struct __sk_buff *skb, struct scratch
 	if (dsr_named(skb, s)) /* the client's own word, which the backend's node would take for this node's */
 		return drop(s, -DROP_INVALID_SIP);
 	forwarding = s->p.quoted ? s->chosen.flags : forwarding_of(skb, s);
+	/* The first fragment may have no room for the frontend where the last has: all take the same way. */
+	if (s->p.frag != FRAG_NONE && s->p.protocol == IPPROTO_UDP && s->kind == DEST_NATIVE)
+		forwarding = TRANSLATION_SNAT;
 	room = s->p.quoted ? 0 : carried(&s->p, forwarding);
 	mtu = s->kind == DEST_TUNNEL ? config_tunnel_mtu : config_underlay_mtu;
 	length = wire_length(skb, &s->p);
