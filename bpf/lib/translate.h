@@ -241,11 +241,23 @@ static __always_inline struct frontend *frontend_of(const struct scratch *s)
 	return frontend_find(w);
 }
 
-/* Whether a frontend is for this client: 1, 0 (it passes the frontend by), or a negated drop reason. */
-static __noinline int is_for_client(struct scratch *s, const struct frontend *f)
+/* Whether the frontend's source ranges let the client in. */
+static __noinline int is_in_ranges(struct scratch *s, const struct frontend *f)
 {
 	struct source_range_key range = { .prefixlen = 32 + 128 };
 
+	if (!s || !f)
+		return 0;
+	if (!(f->flags & FRONTEND_SOURCE_RANGES))
+		return 1;
+	range.service = f->service;
+	range.addr = s->p.saddr;
+	return !!bpf_map_lookup_elem(&source_ranges, &range);
+}
+
+/* Whether a frontend is for this client: 1, 0 (it passes the frontend by), or a negated drop reason. */
+static __noinline int is_for_client(struct scratch *s, const struct frontend *f)
+{
 	if (!s || !f)
 		return -DROP_INTERNAL;
 	if (speaks_directly(s))
@@ -257,13 +269,7 @@ static __noinline int is_for_client(struct scratch *s, const struct frontend *f)
 		if (bpf_map_lookup_elem(&skips, &skip))
 			return 0;
 	}
-	if (f->flags & FRONTEND_SOURCE_RANGES) {
-		range.service = f->service;
-		range.addr = s->p.saddr;
-		if (!bpf_map_lookup_elem(&source_ranges, &range))
-			return -DROP_NOT_IN_SRC_RANGE;
-	}
-	return 1;
+	return is_in_ranges(s, f) ? 1 : -DROP_NOT_IN_SRC_RANGE;
 }
 
 /* The backend for the packet, in s->chosen. Returns enum service_out_result or a negated drop reason. */
@@ -283,8 +289,8 @@ static __noinline int backend_of(struct scratch *s, __u8 scope)
 	f = frontend_of(s);
 	if (!f)
 		return SERVICE_OUT_NONE;
-	if (!under_way && has_service_ports(&s->p) && backend_known(s))
-		return SERVICE_OUT_TRANSLATED;
+	if (!under_way && has_service_ports(&s->p) && backend_known(s)) /* the ranges may have changed since */
+		return is_in_ranges(s, f) ? SERVICE_OUT_TRANSLATED : -DROP_NOT_IN_SRC_RANGE;
 	result = is_for_client(s, f);
 	return result > 0 ? choose_fitting(s, f) : result;
 }

@@ -323,6 +323,23 @@ def test_source_ranges_let_only_their_clients_in(node: Rig, services: Services, 
 
 
 @both
+@kinds
+def test_source_ranges_are_asked_of_connections_that_are_known(
+    node: Rig, services: Services, family: int, kind: str
+) -> None:
+    """But TCP that is under way stays."""
+    services.add(FRONT[family], 53, [(pod_address(3, family), BACKEND)], protocol=NUMBER[kind])
+    between(node, kind, family)
+    node.changed()
+    services.add(FRONT[family], 53, [(pod_address(3, family), BACKEND)], protocol=NUMBER[kind], flags=SOURCE_RANGES)
+    if kind == "tcp":
+        assert asked(node, family, 4000, kind, "A") == 3
+        node.changed()
+    send(node, 2, packet(kind, pod_address(2, family), FRONT[family], 4000, 53))
+    node.refused("NOT_IN_SRC_RANGE", EGRESS)
+
+
+@both
 def test_clients_that_are_skipped_pass_the_frontend_by(node: Rig, services: Services, family: int) -> None:
     """skipRedirectFromBackend: the node-local cache itself asks the true service."""
     two, world = pod_address(2, family), WORLD[family]
