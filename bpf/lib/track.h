@@ -257,7 +257,11 @@ static __always_inline bool answers_client(struct scratch *s)
 		return false;
 	translation_key_set(&s->back, &p->daddr, p->dport, &p->saddr, p->sport, p->protocol, TRANSLATION_BACK);
 	row = bpf_map_lookup_elem(&translations, &s->back);
-	return row && row->expires > s->now && !ct_closed(row->state);
+	if (!row || row->expires <= s->now || ct_closed(row->state))
+		return false;
+	if (s->observation == OBS_FROM_POD && row->flags & TRANSLATION_DSR)
+		s->dsr = 1; /* so that the client's packets find the new row to be theirs */
+	return true;
 }
 
 /* Whether the packet, which has no row, goes on with a client's connection that this node answers for another (DSR): its row

@@ -34,8 +34,9 @@ def test_fragments_of_a_datagram_take_one_way_where_the_frontend_has_no_room() -
             assert (got.src, got.dst, got.ihl) == (NODE[4], REMOTE_POD[4], 5)
 
 
+@pytest.mark.parametrize("next_is", ["client", "backend"])
 @pytest.mark.parametrize("way", ["overlay", "native"])
-def test_tcp_by_dsr_outlives_its_conntrack_row(way: str) -> None:
+def test_tcp_by_dsr_outlives_its_conntrack_row(way: str, next_is: str) -> None:
     """Later segments do not name the frontend; the row that says how to answer does."""
     with rig(tunnel=way == "overlay") as node:
         three, client = pod_address(3, 4), WORLD[4]
@@ -50,3 +51,6 @@ def test_tcp_by_dsr_outlives_its_conntrack_row(way: str) -> None:
             for name in ("ct", "ct_new"):
                 table = node.path.map(name)
                 table.delete_many(table.dump()[0])
+            if next_is == "backend":
+                node.pods[3].wire.send(node.from_pod(3, packet("tcp", three, client, BACKEND, 4000, "A")))
+                assert same(node.far.receive(), packet("tcp", VIP, client, 80, 4000, "A"))
