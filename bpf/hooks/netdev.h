@@ -36,6 +36,19 @@ static __always_inline int for_pod(struct __sk_buff *skb, struct scratch *s)
 	return local && !(local->flags & LOCAL_HOST) ? OWNER_MASQUERADED : OWNER_CLIENT;
 }
 
+/* Whether an address outside is the pods' gateway: answers to there are those of pods that reach themselves. */
+static __always_inline bool is_gateway(const union addr *addr, __u8 family)
+{
+	union addr gateway = gateway_of(family);
+
+	return addr_equal(addr, &gateway);
+}
+
+static __always_inline bool is_link_local_v4(const union addr *addr)
+{
+	return addr_is_v4(addr) && addr->b[12] == 169 && addr->b[13] == 254; /* RFC 3927 */
+}
+
 /* Whether a packet that the stack would get may ask for a service: not from this node or the link, not to many. */
 static __always_inline bool may_ask(const struct scratch *s)
 {
@@ -43,8 +56,8 @@ static __always_inline bool may_ask(const struct scratch *s)
 
 	if (!has_service_ports(p) && !p->quoted && s->kind == DEST_HOST)
 		return false;
-	return !stays_on_link(&p->daddr) && !stays_on_link(&p->saddr) && !is_nd(p) &&
-	       !bpf_map_lookup_elem(&local_addrs, &p->saddr);
+	return !stays_on_link(&p->daddr) && !stays_on_link(&p->saddr) && !is_link_local_v4(&p->saddr) &&
+	       !is_gateway(&p->saddr, p->family) && !is_nd(p) && !bpf_map_lookup_elem(&local_addrs, &p->saddr);
 }
 
 /* A packet for the stack that may be for a service: enum service_out_result or a negated drop reason. */
@@ -76,7 +89,8 @@ static __always_inline int source_outside(struct scratch *s, bool to_pod)
 {
 	struct ipcache_entry *entry;
 
-	if ((to_pod && stays_on_link(&s->p.saddr)) || bpf_map_lookup_elem(&local_addrs, &s->p.saddr))
+	if ((to_pod && (stays_on_link(&s->p.saddr) || is_gateway(&s->p.saddr, s->p.family))) ||
+	    bpf_map_lookup_elem(&local_addrs, &s->p.saddr))
 		return -DROP_INVALID_SIP;
 	entry = end_outside(s, &s->ends[0], &s->p.saddr);
 	if (entry && entry->flags & IPCACHE_POD && config_tunnel && (to_pod || config_masquerade))

@@ -15,6 +15,23 @@ static __always_inline bool is_native(const union addr *addr)
 	return !entry || !config_tunnel || !(entry->flags & IPCACHE_POD);
 }
 
+/* Whether the frontend of a datagram is as open as when its connection began; else tc judges the client again. */
+static __always_inline bool is_open(struct frame *f)
+{
+	struct ipcache_key key = { .prefixlen = 128, .addr = f->saddr };
+	struct ipcache_entry *entry = bpf_map_lookup_elem(&ipcache, &key);
+	struct wish *w = &f->wish;
+	struct frontend *found;
+
+	w->addr = f->daddr;
+	w->port = f->dport;
+	w->protocol = f->protocol;
+	w->scope = entry && entry->flags & (IPCACHE_POD | IPCACHE_NODE) ? FRONTEND_CLUSTER : FRONTEND_EXTERNAL;
+	w->node = bpf_map_lookup_elem(&local_addrs, &f->daddr) ? WISH_THIS_NODE : WISH_NO_NODE;
+	found = frontend_find(w);
+	return found && found->count && !(found->flags & FRONTEND_SOURCE_RANGES);
+}
+
 /* A client's packet: to the backend, from this node or (DSR) from the client. False: not one for here. */
 static __always_inline bool turn_out(struct frame *f)
 {
@@ -31,6 +48,8 @@ static __always_inline bool turn_out(struct frame *f)
 	if (!out || out->expires <= f->now || ct_closed(out->state) || !serves(out, f->protocol))
 		return false;
 	if (!(out->flags & TRANSLATION_SNAT) && !(out->flags & TRANSLATION_DSR && f->protocol == IPPROTO_TCP))
+		return false;
+	if (f->protocol == IPPROTO_UDP && !is_open(f))
 		return false;
 	if (out->flags & (TRANSLATION_LOCAL | TRANSLATION_HAIRPIN) || !is_native(&out->addr))
 		return false;

@@ -20,18 +20,31 @@ static __always_inline bool forges_tunnel(const struct scratch *s)
 		(config_masquerade && s->kind == DEST_NATIVE && s->dest_node != 2));
 }
 
+/* To the sending pod itself, s->ends[1] resolved, or nowhere: what says where pods are was not asked about anybody else, and
+ * no policy was.
+ */
+static __always_inline int deliver_back(struct __sk_buff *skb, struct scratch *s)
+{
+	if (!(s->chosen.flags & TRANSLATION_HAIRPIN) || s->kind != DEST_POD || s->dest_ifindex != skb->ifindex)
+		return drop(s, s->p.quoted ? -DROP_ICMP_UNRELATED : -DROP_NAT_NO_MAPPING);
+	return deliver_local(skb, s);
+}
+
 /* A pod that was given itself as backend sees the gateway as its client: its answers to there go back to it. Returns what
  * the hook shall return, or 0: no such answer.
  */
 static __always_inline int hairpin_answer(struct __sk_buff *skb, struct scratch *s)
 {
-	int result = service_back(skb, s);
+	int result;
 
+	if (!reports_own(s))
+		return drop(s, -DROP_ICMP_UNRELATED);
+	result = service_back(skb, s);
 	if (result > 0)
 		result = resolve(s, 1);
 	else if (!result)
 		return 0;
-	return result < 0 ? drop(s, result) : deliver_local(skb, s);
+	return result < 0 ? drop(s, result) : deliver_back(skb, s);
 }
 
 /* To itself, whatever its policies say: a process reaches its own pod without asking them, too. */
@@ -41,7 +54,7 @@ static __always_inline int hairpin(struct __sk_buff *skb, struct scratch *s)
 		s->p.saddr = s->p.daddr; /* the event speaks of the pod */
 		report(s);
 	}
-	return deliver_local(skb, s);
+	return deliver_back(skb, s);
 }
 
 /* A frontend's address becomes that of its backend, and s->ends[1] and where to send with it. Traffic between pods is not

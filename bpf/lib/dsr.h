@@ -167,6 +167,23 @@ static __always_inline int dsr_take_v6(struct __sk_buff *skb, struct scratch *s)
 	return 1;
 }
 
+/* Whether the packet names a frontend, where dsr_take() looks for it. */
+static __noinline int dsr_named(struct __sk_buff *skb, struct scratch *s)
+{
+	__u8 option[2], next;
+
+	if (!s)
+		return 0;
+	if (s->p.family == 4)
+		return s->p.l4 - s->p.l3 >= sizeof(struct iphdr) + sizeof(struct dsr_v4) &&
+		       !bpf_skb_load_bytes(skb, s->p.l3 + sizeof(struct iphdr), option, sizeof(option)) &&
+		       option[0] == DSR_V4_TYPE && option[1] == sizeof(struct dsr_v4);
+	return !bpf_skb_load_bytes(skb, s->p.l3 + offsetof(struct ipv6hdr, nexthdr), &next, 1) &&
+	       next == IPV6_DESTINATION &&
+	       !bpf_skb_load_bytes(skb, s->p.l3 + sizeof(struct ipv6hdr) + 2, option, sizeof(option)) &&
+	       option[0] == DSR_V6_TYPE && option[1] == DSR_V6_LENGTH;
+}
+
 /* Takes the frontend out of the packet: 1: in s->frontend; 0: it has none; else a negated drop reason. */
 static __noinline int dsr_take(struct __sk_buff *skb, struct scratch *s)
 {

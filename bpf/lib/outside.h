@@ -103,7 +103,7 @@ static __noinline int leave_to_backend(struct __sk_buff *skb, struct scratch *s)
 		fib.ipv4_src = s->p.saddr.w[3];
 		fib.ipv4_dst = s->p.daddr.w[3];
 		if (bpf_fib_lookup(skb, &fib, sizeof(fib), BPF_FIB_LOOKUP_OUTPUT) != BPF_FIB_LKUP_RET_SUCCESS ||
-		    fib.ifindex != config_native_ifindex)
+		    fib.family != AF_INET || fib.ifindex != config_native_ifindex) /* RFC 5549: an IPv6 next hop */
 			return leave(skb, s); /* the stack's part: it finds the neighbour, too */
 		row = bpf_map_lookup_elem(&translations, &s->out);
 		if (row)
@@ -179,7 +179,12 @@ static __noinline int to_backend_elsewhere(struct __sk_buff *skb, struct scratch
 
 	if (!s)
 		return TC_ACT_SHOT;
+	if (dsr_named(skb, s)) /* the client's own word, which the backend's node would take for this node's */
+		return drop(s, -DROP_INVALID_SIP);
 	forwarding = s->p.quoted ? s->chosen.flags : forwarding_of(skb, s);
+	/* The first fragment may have no room for the frontend where the last has: all take the same way. */
+	if (s->p.frag != FRAG_NONE && s->p.protocol == IPPROTO_UDP && s->kind == DEST_NATIVE)
+		forwarding = TRANSLATION_SNAT;
 	room = s->p.quoted ? 0 : carried(&s->p, forwarding);
 	mtu = s->kind == DEST_TUNNEL ? config_tunnel_mtu : config_underlay_mtu;
 	length = wire_length(skb, &s->p);

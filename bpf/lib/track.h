@@ -257,7 +257,33 @@ static __always_inline bool answers_client(struct scratch *s)
 		return false;
 	translation_key_set(&s->back, &p->daddr, p->dport, &p->saddr, p->sport, p->protocol, TRANSLATION_BACK);
 	row = bpf_map_lookup_elem(&translations, &s->back);
-	return row && row->expires > s->now && !ct_closed(row->state);
+	if (!row || row->expires <= s->now || ct_closed(row->state))
+		return false;
+	if (s->observation == OBS_FROM_POD && row->flags & TRANSLATION_DSR)
+		s->dsr = 1; /* so that the client's packets find the new row to be theirs */
+	return true;
+}
+
+/* Whether the packet, which has no row, goes on with a client's connection that this node answers for another (DSR): its row
+ * was evicted, and only first segments name the frontend. Then as if this one did.
+ */
+static __always_inline bool follows_dsr(struct scratch *s)
+{
+	const struct pkt *p = &s->p;
+	struct translation *row;
+
+	if (s->dsr || p->protocol != IPPROTO_TCP || is_first_segment(p) ||
+	    (s->observation != OBS_FROM_NETDEV && s->observation != OBS_FROM_OVERLAY))
+		return false;
+	translation_key_set(&s->back, &p->saddr, p->sport, &p->daddr, p->dport, p->protocol, TRANSLATION_BACK);
+	row = bpf_map_lookup_elem(&translations, &s->back);
+	if (!row || row->expires <= s->now || !(row->flags & TRANSLATION_DSR) || ct_closed(row->state))
+		return false;
+	s->frontend = row->addr;
+	s->frontend_port = row->port;
+	s->service = row->service;
+	s->dsr = 1;
+	return true;
 }
 
 /* Returns enum track_result or a negated drop reason. s->epoch was read before the ends were resolved. */
@@ -293,6 +319,8 @@ static __noinline int track(struct scratch *s, int mode)
 	}
 	if (mode == TRACK_REPLY && !(e && reply && !anew))
 		return -DROP_INVALID_SIP;
+	if (!e && (mode == TRACK_DSR || mode == TRACK_POLICY) && follows_dsr(s))
+		mode = TRACK_POLICY;
 	if (mode == TRACK_DSR && !(e && !reply && !anew && e->flags & CT_DSR))
 		return -DROP_INVALID_SIP;
 	if (e && !anew)

@@ -173,6 +173,7 @@ static __noinline int choose(struct scratch *s, const struct frontend *f, int *s
 	s->chosen.backend = s->wish.backend;
 	s->chosen.service = s->wish.service;
 	s->chosen.state = 0;
+	s->chosen.via = 0;
 	s->chosen.flags = s->wish.to.flags & BACKEND_LOCAL ? TRANSLATION_LOCAL : 0;
 	/* From outside it is another node that is given itself: its answer must come back here like any other. */
 	if (s->observation != OBS_FROM_NETDEV && addr_equal(&s->p.saddr, &s->chosen.addr))
@@ -184,7 +185,7 @@ static __noinline int choose(struct scratch *s, const struct frontend *f, int *s
 /* A backend for a connection that has none, in s->chosen. Returns enum service_out_result or a negated drop reason.
  *
  * TCP that is under way and of which both rows are lost goes to the backend that conntrack remembers, if a few choices
- * find it (with one backend, Maglev or affinity the first does); else to any, whose reset ends it at once.
+ * find it (with one backend, Maglev or affinity the first does); else to the first choice.
  */
 static __always_inline int choose_fitting(struct scratch *s, const struct frontend *f)
 {
@@ -199,7 +200,11 @@ static __always_inline int choose_fitting(struct scratch *s, const struct fronte
 			return result < 0 ? result : -DROP_NO_SERVICE;
 		if (seat == SEAT_OWN || (seat == SEAT_FREE && (!under_way || i == SERVICE_TRIES - 1)))
 			return SERVICE_OUT_TRANSLATED;
-		s->wish.hash = s->wish.hash * 0x9e3779b1U + 1;
+		/* What nobody remembers goes where every node's Maglev table sends it. */
+		if (under_way && i == SERVICE_TRIES - 2)
+			s->wish.hash = nat_hash(&s->p);
+		else
+			s->wish.hash = s->wish.hash * 0x9e3779b1U + 1;
 	}
 	return -DROP_NAT_NO_MAPPING;
 }
@@ -236,11 +241,23 @@ static __always_inline struct frontend *frontend_of(const struct scratch *s)
 	return frontend_find(w);
 }
 
-/* Whether a frontend is for this client: 1, 0 (it passes the frontend by), or a negated drop reason. */
-static __noinline int is_for_client(struct scratch *s, const struct frontend *f)
+/* Whether the frontend's source ranges let the client in. */
+static __noinline int is_in_ranges(struct scratch *s, const struct frontend *f)
 {
 	struct source_range_key range = { .prefixlen = 32 + 128 };
 
+	if (!s || !f)
+		return 0;
+	if (!(f->flags & FRONTEND_SOURCE_RANGES))
+		return 1;
+	range.service = f->service;
+	range.addr = s->p.saddr;
+	return !!bpf_map_lookup_elem(&source_ranges, &range);
+}
+
+/* Whether a frontend is for this client: 1, 0 (it passes the frontend by), or a negated drop reason. */
+static __noinline int is_for_client(struct scratch *s, const struct frontend *f)
+{
 	if (!s || !f)
 		return -DROP_INTERNAL;
 	if (speaks_directly(s))
@@ -252,13 +269,7 @@ static __noinline int is_for_client(struct scratch *s, const struct frontend *f)
 		if (bpf_map_lookup_elem(&skips, &skip))
 			return 0;
 	}
-	if (f->flags & FRONTEND_SOURCE_RANGES) {
-		range.service = f->service;
-		range.addr = s->p.saddr;
-		if (!bpf_map_lookup_elem(&source_ranges, &range))
-			return -DROP_NOT_IN_SRC_RANGE;
-	}
-	return 1;
+	return is_in_ranges(s, f) ? 1 : -DROP_NOT_IN_SRC_RANGE;
 }
 
 /* The backend for the packet, in s->chosen. Returns enum service_out_result or a negated drop reason. */
@@ -278,8 +289,8 @@ static __noinline int backend_of(struct scratch *s, __u8 scope)
 	f = frontend_of(s);
 	if (!f)
 		return SERVICE_OUT_NONE;
-	if (!under_way && has_service_ports(&s->p) && backend_known(s))
-		return SERVICE_OUT_TRANSLATED;
+	if (!under_way && has_service_ports(&s->p) && backend_known(s)) /* the ranges may have changed since */
+		return is_in_ranges(s, f) ? SERVICE_OUT_TRANSLATED : -DROP_NOT_IN_SRC_RANGE;
 	result = is_for_client(s, f);
 	return result > 0 ? choose_fitting(s, f) : result;
 }
@@ -403,6 +414,12 @@ static __noinline int rewrite_quoted(struct __sk_buff *skb, struct scratch *s, i
 	return quoted_end(skb, &s->p, source, addr, port);
 }
 
+/* Whether a pod's ICMP error is about what was sent to the pod: it is no router. True of what is no pod's error. */
+static __always_inline bool reports_own(const struct scratch *s)
+{
+	return !s->p.quoted || s->observation != OBS_FROM_POD || addr_equal(&s->p.q_daddr, &s->p.saddr);
+}
+
 /* An ICMP error of the client about what the frontend sent it: about what the backend sent, and to the backend. */
 static __always_inline int service_out_quoted(struct __sk_buff *skb, struct scratch *s)
 {
@@ -411,7 +428,7 @@ static __always_inline int service_out_quoted(struct __sk_buff *skb, struct scra
 	union addr gateway;
 	int error;
 
-	if (!addr_equal(&p->q_saddr, &p->daddr))
+	if (!addr_equal(&p->q_saddr, &p->daddr) || !reports_own(s))
 		return SERVICE_OUT_NONE;
 	translation_key_set(&s->out, &p->q_daddr, p->q_dport, &p->q_saddr, p->q_sport, p->q_protocol, TRANSLATION_OUT);
 	row = translation_find(&s->out, s->now);

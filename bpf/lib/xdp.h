@@ -19,6 +19,7 @@ struct frame {
 	__u64 now;
 	struct translation_key key;
 	struct nat_key nat;
+	struct wish wish;
 };
 
 struct {

@@ -72,6 +72,17 @@ def test_maglev_table_decides(node: Rig, services: Services, family: int) -> Non
 
 
 @both
+def test_maglev_table_decides_for_tcp_that_comes_to_another_node(node: Rig, services: Services, family: int) -> None:
+    """Routers move connections between nodes: the new one has no rows, and gives each the backend it has."""
+    two_backends(services, family, "tcp", flags=MAGLEV)
+    first = {sport: asked(node, family, sport, "tcp") for sport in range(4000, 4040)}
+    assert set(first.values()) == {3, 4}
+    services.lose(0, 1)
+    node.fresh()
+    assert {sport: asked(node, family, sport, "tcp", "A") for sport in first} == first
+
+
+@both
 def test_affinity_keeps_a_client_with_its_backend_for_its_time(node: Rig, services: Services, family: int) -> None:
     two_backends(services, family, flags=AFFINITY, affinity=100)
     (first,) = {asked(node, family, sport) for sport in range(4000, 4020)}
@@ -309,6 +320,23 @@ def test_source_ranges_let_only_their_clients_in(node: Rig, services: Services, 
     services.source_range(service, f"{four.rsplit('.', 1)[0]}.0/24" if family == 4 else "fd00:1::/64")
     send(node, 4, udp(four, FRONT[family], 4000, 53))
     assert same(node.pods[3].wire.receive(), udp(four, three, 4000, BACKEND))
+
+
+@both
+@kinds
+def test_source_ranges_are_asked_of_connections_that_are_known(
+    node: Rig, services: Services, family: int, kind: str
+) -> None:
+    """But TCP that is under way stays."""
+    services.add(FRONT[family], 53, [(pod_address(3, family), BACKEND)], protocol=NUMBER[kind])
+    between(node, kind, family)
+    node.changed()
+    services.add(FRONT[family], 53, [(pod_address(3, family), BACKEND)], protocol=NUMBER[kind], flags=SOURCE_RANGES)
+    if kind == "tcp":
+        assert asked(node, family, 4000, kind, "A") == 3
+        node.changed()
+    send(node, 2, packet(kind, pod_address(2, family), FRONT[family], 4000, 53))
+    node.refused("NOT_IN_SRC_RANGE", EGRESS)
 
 
 @both

@@ -19,7 +19,7 @@ from ciliate.datapath.netlink import in_netns
 from ciliate.datapath.node import Datapath
 from tests.bpf.packets import fragments, same, udp
 from tests.bpf.rig import FAR_MAC, NODE, OTHER_NODE, REMOTE_POD, WORLD, Rig, rig
-from tests.bpf.services import DSR, Services
+from tests.bpf.services import DSR, SOURCE_RANGES, Services
 from tests.bpf.test_nat import PROG_TEST_RUN, SYS_BPF, _TestRun
 from tests.bpf.test_node_ports import BACKEND, NODE_PORT, arrive, offer, packet
 
@@ -157,6 +157,26 @@ def test_direct_server_return_needs_nothing_in_later_segments(node: Rig, family:
     want = node.far.receive()
     assert run(node, node.from_far(packet("tcp", client, here, 4000, NODE_PORT, "A"))) == (TX, want)
     untouched(node, node.from_far(packet("udp", client, here, 4000, NODE_PORT)))
+
+
+@both
+@pytest.mark.parametrize("change", ["source ranges", "gone"])
+def test_datagrams_to_a_frontend_that_changed_are_tcs(node: Rig, family: int, change: str) -> None:
+    """TCP that is under way stays with its backend, whatever becomes of the service."""
+    services = Services(node)
+    there = {}
+    for kind in ("udp", "tcp"):
+        offer(services, family, kind, REMOTE_POD[family])
+        there[kind], _ = converse(node, kind, family)
+        assert run(node, node.from_far(there[kind]))[0] == TX
+    keys, _ = node.path.map("frontends").dump()
+    if change == "gone":
+        node.path.map("frontends").delete_many(keys)
+    else:
+        for kind in there:
+            offer(services, family, kind, REMOTE_POD[family], flags=SOURCE_RANGES)
+    untouched(node, node.from_far(there["udp"]))
+    assert run(node, node.from_far(there["tcp"]))[0] == TX
 
 
 @both
