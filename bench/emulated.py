@@ -21,7 +21,7 @@ from bench.service_sites import ServiceSite
 from bench.sites import CLIENT, SERVER
 
 TOOLS: Final = Path(__file__).parent.parent / "build/ipvs"
-SIZES: Final = (1, 10_000)
+SIZES: Final = (1, 1_000)
 ROUNDS: Final = 7
 _MODULES: Final = ("ip_vs_rr", "dummy", "ip_set_hash_ipport", "ip_set_hash_ipportip", "ip_set_hash_ip", "xt_set")
 

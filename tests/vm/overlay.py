@@ -13,7 +13,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from ipaddress import IPv4Address, IPv6Address, ip_network
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,24 @@ from ciliate.datapath.ipcache import IpcacheRow
 from ciliate.datapath.netlink import in_netns
 from ciliate.datapath.node import Datapath, DatapathConfig
 from ciliate.identity.numbers import IdentityId
+from ciliate.loadbalancer.model import (
+    SCTP,
+    Backend,
+    Frontend,
+    FrontendAddress,
+    FrontendKind,
+    Owner,
+    Scope,
+)
 
 from .results import SIZES, namespace
 
 PAYLOAD = bytes(range(256)) * 4096
 NODES = (1, 2)
+SERVICE = {"10.96.0.7": "10.2.0.5", "fd00:96::7": "fd00:2::5"}
+"""Cluster IPs and the backend of each."""
+SCTP_PORT = 9000
+MESSAGES = [bytes([number]) * 1000 for number in range(1, 50)]
 
 
 def _ip(*arguments: str) -> None:
@@ -138,6 +151,56 @@ def transfer(client: Path, server: Path, address: str, port: int = 8080) -> dict
     return seen
 
 
+def _serve_sctp(path: Datapath) -> None:
+    """Make addresses of a Service whose only backend is the second node's pod."""
+    owner = Owner("Service", "default", "sctp")
+    frontends = []
+    for address, backend in SERVICE.items():
+        at = FrontendAddress(address=ip_address(address), port=SCTP_PORT, protocol=SCTP, scope=Scope.CLUSTER)
+        to = Backend(address=ip_address(backend), port=SCTP_PORT, protocol=SCTP)
+        frontends.append(Frontend(at=at, kind=FrontendKind.CLUSTER_IP, owner=owner, backends=(to,)))
+    path.services.apply({owner: tuple(frontends)}, complete=True)
+
+
+def converse(client: Path, server: Path, address: str, backend: str) -> dict[str, Any]:
+    """Send messages to a Service by SCTP and get each back; return what came and whom the server saw."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    seen: dict[str, Any] = {}
+
+    def make() -> socket.socket:
+        one = socket.socket(family, socket.SOCK_STREAM, SCTP)
+        one.settimeout(60)
+        return one
+
+    def serve(listener: socket.socket) -> None:
+        connection, peer = listener.accept()
+        with connection:
+            connection.settimeout(60)
+            seen["peer"] = peer[0]
+            while message := connection.recv(2048):
+                connection.sendall(message)
+
+    with in_netns(server, make) as listener, in_netns(client, make) as caller:
+        listener.bind((backend, SCTP_PORT))
+        listener.listen(1)
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+        try:
+            caller.connect((address, SCTP_PORT))
+            seen["asked"] = caller.getpeername()[0]
+            answers = []
+            for message in MESSAGES:
+                caller.sendall(message)
+                answers.append(caller.recv(2048))
+            seen["answered"] = answers == MESSAGES
+        except OSError as error:
+            seen["error"] = str(error)
+            listener.shutdown(socket.SHUT_RDWR)
+        caller.close()
+        thread.join(60)
+    return seen
+
+
 @contextmanager
 def two_nodes() -> Iterator[tuple[dict[int, Path], dict[int, Path], dict[int, Datapath]]]:
     """Nodes, the pod of each, and their datapaths."""
@@ -153,7 +216,8 @@ def two_nodes() -> Iterator[tuple[dict[int, Path], dict[int, Path], dict[int, Da
 
 def collect() -> dict[str, Any]:
     """Return what passed."""
-    with two_nodes() as (nodes, pods, _):
+    with two_nodes() as (nodes, pods, paths):
+        _serve_sctp(paths[1])
         return {
             "echo4": _echo(pods[1], "10.2.0.5"),
             "echo6": _echo(pods[1], "fd00:2::5"),
@@ -163,6 +227,7 @@ def collect() -> dict[str, Any]:
             "tcp6": transfer(pods[1], pods[2], "fd00:2::5"),
             "masqueraded4": transfer(pods[1], nodes[2], "192.0.2.2"),
             "masqueraded6": transfer(pods[1], nodes[2], "2001:db8::2"),
+            "sctp": [converse(pods[1], pods[2], *addresses) for addresses in SERVICE.items()],
         }
 
 

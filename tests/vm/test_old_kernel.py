@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     overlay = machine.python_command("-m", "tests.vm.overlay", str(folder / "overlay.json"))
     tests = ["tests/datapath/test_node.py", "-k", TRAFFIC, f"--junitxml={folder}/traffic.xml"]
     traffic = machine.python_command("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
-    script = f"cd {machine.ROOT}; {results} 2>&1; {loads} 2>&1; {overlay} 2>&1; {traffic} 2>&1"
+    script = f"cd {machine.ROOT}; modprobe sctp; {results} 2>&1; {loads} 2>&1; {overlay} 2>&1; {traffic} 2>&1"
     (folder / "console.txt").write_text(machine.run(script, folder, image=machine.kernel()))
     return folder
 
@@ -101,11 +101,15 @@ def test_traffic_passes_and_policy_decides(folder: Path) -> None:
 
 
 def test_two_nodes_reach_each_other(folder: Path) -> None:
-    """By the overlay with the pods' own addresses, and masqueraded to the other node's process."""
+    """By the overlay with the pods' own addresses, masqueraded to the other node's process, and SCTP to a Service."""
     path = folder / "overlay.json"
     assert path.exists(), (folder / "console.txt").read_text()
     digest = hashlib.sha256(PAYLOAD).hexdigest()
     assert json.loads(path.read_text()) == {
+        "sctp": [
+            {"peer": "10.1.0.5", "asked": "10.96.0.7", "answered": True},
+            {"peer": "fd00:1::5", "asked": "fd00:96::7", "answered": True},
+        ],
         "echo4": True,
         "echo6": True,
         "echo from node": True,
