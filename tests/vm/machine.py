@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KERNELS = ROOT / "build/vm/boot"
-TIMEOUT = 600.0
+TIMEOUT = 1800.0
 
 
 def kernel(prefix: str = "6.1.") -> Path:

@@ -19,7 +19,7 @@ from .overlay import PAYLOAD
 
 TRAFFIC = "test_pods_talk_and_policy_decides or test_removed_pod_leaves_nothing"
 
-pytestmark = [pytest.mark.vm, pytest.mark.root, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vm, pytest.mark.root, pytest.mark.timeout(2000)]
 
 
 @pytest.fixture(scope="module")
